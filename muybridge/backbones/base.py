@@ -1,0 +1,478 @@
+"""One face for every family of video diffusion models."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Optional
+
+import torch
+from torch import Tensor, nn
+
+from muybridge.backbones.checkpoint import Checkpoint
+from muybridge.diffusion import samplers
+from muybridge.diffusion.conditioning import Conditioning
+from muybridge.diffusion.predictions import guide
+from muybridge.diffusion.schedules import NoiseSchedule
+from muybridge.errors import UsageError, did_you_mean
+
+DType = Literal["float32", "bfloat16", "float16"]
+Component = Literal["denoiser", "vae", "text_encoder"]
+Projection = Literal["q", "k", "v", "o"]
+ALL_COMPONENTS: tuple[Component, ...] = ("denoiser", "vae", "text_encoder")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How pixels map to latents and latents to tokens.
+
+    Args:
+        channels: Latent channels.
+        spatial: Pixels per latent place, along height and width.
+        temporal: Pixel frames per latent frame after the first (1: every frame has its own).
+        patch: Latent places per token along (F, H, W).
+        frames: The only latent frame count the network takes, where there is only one (Latte).
+        max_frames: The largest pixel frame count, where there is a limit (AnimateDiff).
+    """
+
+    channels: int
+    spatial: int
+    temporal: int = 1
+    patch: tuple[int, int, int] = (1, 2, 2)
+    frames: Optional[int] = None
+    max_frames: Optional[int] = None
+
+
+class Backbone(nn.Module, ABC):
+    """A diffusers model behind the toolkit's face: (B, C, F, H, W) latents, time 0..1000, one conditioning dataclass.
+
+    Constructing one reads configuration files only. :meth:`materialize` loads the network; the VAE and the text encoder are
+    loaded when something is first encoded or decoded, and are no submodules: they are never trained, saved or sharded.
+
+    Args:
+        path: Directory of a diffusers pipeline (with ``model_index.json``), or a hub id.
+        dtype: Dtype of the network's weights. Train all weights in float32 with Trainer precision ``bf16-mixed``; bfloat16
+            suits a frozen base under adapters.
+        components: What this job may load: ``denoiser``, ``vae``, ``text_encoder``. Training on cached latents and text needs
+            ``denoiser`` alone.
+        gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
+        vae_dtype: Dtype of the VAE.
+        vae_tiling: Encode and decode in spatial tiles, for large frames on small cards.
+        max_text_length: Tokens per prompt; the family's own default where not given.
+    """
+
+    family: ClassVar[str]
+    pipelines: ClassVar[tuple[str, ...]]
+    """Pipeline classes (``_class_name`` in model_index.json) that this family takes."""
+    network_names: ClassVar[tuple[str, ...]] = ("transformer",)
+    """Components that denoise, most important first."""
+    block_lists: ClassVar[tuple[str, ...]]
+    """Attributes of the network that hold its blocks: what is sharded and checkpointed one by one."""
+    temporal_attention: ClassVar[str]
+    """Full-match regex of the attention modules that carry motion: temporal, or unified over space and time."""
+    cross_attention: ClassVar[Optional[str]] = None
+    """Full-match regex of the attention modules from video to text, where they are modules of their own."""
+    attention_kind: ClassVar[Literal["factorised", "unified"]] = "unified"
+    """``factorised``: temporal attention sees one place over all frames. ``unified``: all places of all frames at once."""
+    text_tokens: ClassVar[Optional[Literal["first", "last"]]] = None
+    """Where text tokens sit in a joint attention sequence; ``None`` where video attends to itself alone."""
+    projections: ClassVar[dict[Projection, str]] = {"q": "to_q", "k": "to_k", "v": "to_v", "o": r"to_out\.0"}
+    """Names of the four projections inside an attention module, as regexes."""
+    per_frame_times: ClassVar[bool] = False
+    """Whether :meth:`denoise` takes times of shape (B, F)."""
+    default_text_length: ClassVar[int]
+
+    def __init__(
+        self,
+        path: str,
+        dtype: DType = "float32",
+        components: Sequence[Component] = ALL_COMPONENTS,
+        gradient_checkpointing: bool = False,
+        vae_dtype: DType = "float32",
+        vae_tiling: bool = False,
+        max_text_length: Optional[int] = None,
+    ) -> None:
+        super().__init__()
+        unknown = [c for c in components if c not in ALL_COMPONENTS]
+        if unknown:
+            raise UsageError(
+                f"component {unknown[0]!r}", f"some of {', '.join(ALL_COMPONENTS)}", did_you_mean(unknown[0], ALL_COMPONENTS)
+            )
+        self.checkpoint = Checkpoint(path)
+        if self.checkpoint.pipeline_class not in self.pipelines:
+            raise UsageError(
+                f"{path} is a {self.checkpoint.pipeline_class or 'pipeline without a class name'}",
+                f"{' or '.join(self.pipelines)} for the backbone {self.family}",
+                "use class_path: Pretrained, which picks the family from what it finds",
+            )
+        self.dtype = getattr(torch, dtype)
+        self.vae_dtype = getattr(torch, vae_dtype)
+        self.components = tuple(components)
+        self.gradient_checkpointing = gradient_checkpointing
+        self.vae_tiling = vae_tiling
+        self.max_text_length = max_text_length or self.default_text_length
+        self.schedule: NoiseSchedule = self._make_schedule(self.checkpoint.config("scheduler"))
+        self.geometry: Geometry = self._make_geometry()
+        self.networks = nn.ModuleDict()
+        # A plain dict: what it holds is neither trained nor moved nor saved with the module.
+        self._parts: dict[str, Any] = {}
+        self._empty_text: dict[str, Conditioning] = {}
+
+    # -- what a family says of itself ------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _make_schedule(self, config: dict[str, Any]) -> NoiseSchedule:
+        """The noise schedule that a scheduler configuration stands for."""
+
+    @abstractmethod
+    def _make_geometry(self) -> Geometry:
+        """Factors and patch sizes from the configuration files."""
+
+    @abstractmethod
+    def _forward(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The raw prediction, in our layout; times are snapped, shapes are checked."""
+
+    @abstractmethod
+    def _encode_prompts(self, pipeline: Any, prompts: list[str]) -> Conditioning:
+        """Text to conditioning through the pipeline's own ``encode_prompt``."""
+
+    def _check(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> None:
+        """Refuse what the network would silently get wrong."""
+
+    # -- loading ---------------------------------------------------------------------------------------------------
+
+    def materialize(self) -> Backbone:
+        """Load the network's weights, once. Idempotent."""
+        if self.networks or "denoiser" not in self.components:
+            return self
+        for name in self._present_networks():
+            network = self._load_network(name)
+            broken = [n for n, p in network.named_parameters() if not bool(torch.isfinite(p).all())]
+            if broken:
+                raise UsageError(
+                    f"{self.checkpoint.given}/{name} holds {len(broken)} parameters that are not finite, first {broken[0]}",
+                    "finite weights",
+                    "the download is broken or was saved after a diverged run",
+                )
+            self.networks[name] = network.eval()
+        if self.gradient_checkpointing:
+            self.enable_gradient_checkpointing()
+        return self
+
+    def _present_networks(self) -> list[str]:
+        return [name for name in self.network_names if self.checkpoint.has(name)]
+
+    def _network_class(self, name: str) -> Any:
+        import diffusers
+
+        return getattr(diffusers, self.checkpoint.class_of(name))
+
+    def _load_network(self, name: str) -> nn.Module:
+        cls = self._network_class(name)
+        return cls.from_pretrained(self.checkpoint.path, subfolder=name, dtype=self.dtype)  # type: ignore[no-any-return]
+
+    def skeleton(self, name: Optional[str] = None) -> nn.Module:
+        """The network without weights (on the meta device): names and shapes for checks before anything is loaded."""
+        name = name or self._present_networks()[0]
+        with torch.device("meta"):
+            return self._network_class(name).from_config(self.checkpoint.config(name))  # type: ignore[no-any-return]
+
+    @property
+    def network(self) -> nn.Module:
+        """The denoising network (of Wan 2.2's two experts, the one for high noise)."""
+        if not self.networks:
+            self._need("denoiser")
+            raise RuntimeError(f"{self.family}: the network is not loaded yet; call materialize() or use backbones.load()")
+        return next(iter(self.networks.values()))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lies."""
+        parameter = next(self.parameters(), None)
+        return parameter.device if parameter is not None else torch.device("cpu")
+
+    def _need(self, component: Component) -> None:
+        if component not in self.components:
+            raise UsageError(
+                f"this job asked {self.family} for its {component}, but was given components {list(self.components)}",
+                f"components that include {component}",
+                f"add {component} to the backbone's components, or feed the job what it would have made (cached latents or text)",
+            )
+
+    @property
+    def vae(self) -> Any:
+        """The VAE, loaded at first use."""
+        if "vae" not in self._parts:
+            self._need("vae")
+            import diffusers
+
+            cls = getattr(diffusers, self.checkpoint.class_of("vae"))
+            vae = cls.from_pretrained(self.checkpoint.path, subfolder="vae", dtype=self.vae_dtype)
+            if self.vae_tiling:
+                vae.enable_tiling()
+            self._parts["vae"] = vae.eval().requires_grad_(False)
+        return self._parts["vae"].to(self.device)
+
+    def _text_pipeline(self) -> Any:
+        """The family's pipeline with nothing in it but tokenizers and text encoders."""
+        if "text" not in self._parts:
+            self._need("text_encoder")
+            import diffusers
+
+            keep = [c for c in self.checkpoint.components if c.startswith(("tokenizer", "text_encoder"))]
+            rest: dict[str, Any] = {c: None for c in self.checkpoint.components if c not in keep}
+            cls = getattr(diffusers, self.checkpoint.pipeline_class)
+            pipeline = cls.from_pretrained(self.checkpoint.path, dtype=self.dtype, **rest)
+            for name in keep:
+                part = getattr(pipeline, name)
+                if isinstance(part, nn.Module):
+                    # Dropout would make the same prompt two things.
+                    part.eval().requires_grad_(False)
+            self._parts["text"] = pipeline
+        return self._parts["text"].to(self.device)
+
+    def release(self, component: Component) -> None:
+        """Forget the VAE or the text encoder, to give its memory back once everything is encoded."""
+        self._parts.pop({"vae": "vae", "text_encoder": "text"}.get(component, ""), None)
+
+    # -- denoising -------------------------------------------------------------------------------------------------
+
+    def denoise(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's raw prediction, in the family's own kind and our layout.
+
+        Args:
+            latents: Noisy latents (B, C, F, H, W).
+            t: Times 0..1000, (B,); (B, F) for families with per-frame times.
+            conditioning: One per sample.
+        """
+        if latents.ndim != 5:
+            raise ValueError(f"latents of shape {tuple(latents.shape)}: expected (B, C, F, H, W)")
+        if t.ndim == 2 and not self.per_frame_times:
+            raise UsageError(
+                f"{self.family} was given per-frame times of shape {tuple(t.shape)}",
+                "one time per sample: its network modulates all frames, and the text, by one time",
+                "causal stages need a family with per-frame times (Wan)",
+            )
+        if t.shape[0] != latents.shape[0] or len(conditioning) != latents.shape[0]:
+            raise ValueError(f"{latents.shape[0]} latents, {t.shape[0]} times, {len(conditioning)} prompts: expected equal numbers")
+        geometry = self.geometry
+        _, channels, frames, height, width = latents.shape
+        if channels != geometry.channels:
+            raise UsageError(f"latents with {channels} channels", f"{geometry.channels}, as {self.family}'s network takes")
+        for size, patch, axis in zip((frames, height, width), geometry.patch, ("frames", "height", "width")):
+            if size % patch:
+                raise UsageError(
+                    f"a latent {axis} of {size}",
+                    f"a multiple of {self.family}'s patch, {patch}: the network would crop it in silence",
+                )
+        if geometry.frames is not None and frames not in (geometry.frames, 1):
+            raise UsageError(f"{frames} latent frames", f"{geometry.frames} (or 1), the only count {self.family}'s network has positions for")
+        self._check(latents, t, conditioning)
+        dtype = self.dtype
+        t = self.schedule.snap(t.to(latents.device))
+        return self._forward(latents.to(dtype), t, conditioning.to(latents.device, dtype=dtype))
+
+    forward = denoise
+
+    # -- codec -----------------------------------------------------------------------------------------------------
+
+    def check_clip(self, frames: int, height: int, width: int) -> None:
+        """Refuse a clip size that the family can't represent exactly, with the nearest that it can."""
+        g = self.geometry
+        side = g.spatial * g.patch[1]
+        problems, fits = [], []
+        if (frames - 1) % g.temporal:
+            low = (frames - 1) // g.temporal * g.temporal + 1
+            problems.append(f"{frames} frames")
+            fits.append(f"{g.temporal}n+1 frames, such as {low} or {low + g.temporal}")
+        latent_frames = (frames - 1) // g.temporal + 1
+        if not fits and g.frames is not None and latent_frames not in (1, g.frames):
+            problems.append(f"{frames} frames")
+            fits.append(f"{(g.frames - 1) * g.temporal + 1} frames, the only length it was trained for")
+        if g.max_frames is not None and frames > g.max_frames:
+            problems.append(f"{frames} frames")
+            fits.append(f"at most {g.max_frames} frames")
+        if not fits and latent_frames % g.patch[0]:
+            count = -(-latent_frames // g.patch[0]) * g.patch[0]
+            problems.append(f"{frames} frames ({latent_frames} latent frames)")
+            fits.append(f"a multiple of {g.patch[0]} latent frames, such as {(count - 1) * g.temporal + 1} frames")
+        if height % side or width % side:
+            problems.append(f"{height}x{width} pixels")
+            near = [max(side, round(x / side) * side) for x in (height, width)]
+            fits.append(f"sides divisible by {side}, such as {near[0]}x{near[1]}")
+        if problems:
+            raise UsageError(
+                f"{self.family} can't take clips of {' and '.join(problems)}",
+                "; ".join(fits),
+                "set frames, height and width of the datamodule (nothing is cropped in silence)",
+            )
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(C, F, H, W) of the latents of a clip; refuses sizes that don't fit."""
+        self.check_clip(frames, height, width)
+        g = self.geometry
+        return g.channels, (frames - 1) // g.temporal + 1, height // g.spatial, width // g.spatial
+
+    def _statistics(self, vae: Any) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation that normalise this VAE's latents, per channel."""
+        config = vae.config
+        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        scale = float(getattr(config, "scaling_factor", None) or 1.0)
+        center = torch.tensor(mean if mean is not None else [float(getattr(config, "shift_factor", None) or 0.0)])
+        spread = torch.tensor(std if std is not None else [1.0]) / scale
+        return center.view(1, -1, 1, 1, 1), spread.view(1, -1, 1, 1, 1)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, generator: Optional[torch.Generator] = None) -> Tensor:
+        """Pixels (B, 3, F, H, W) in [-1, 1] to normalised latents, float32.
+
+        Args:
+            pixels: The clips.
+            generator: Draw from the posterior with it; its mode where not given, which is the same for every call.
+        """
+        self.check_clip(*pixels.shape[2:])
+        vae = self.vae
+        posterior = self._vae_encode(vae, pixels.to(vae.device, vae.dtype))
+        raw = posterior.mode() if generator is None else posterior.sample(generator)
+        raw = self._from_codec(raw, pixels.shape[0]).float()
+        center, spread = self._statistics(vae)
+        return (raw - center.to(raw.device)) / spread.to(raw.device)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents to pixels (B, 3, F, H, W) in [-1, 1], float32."""
+        vae = self.vae
+        center, spread = self._statistics(vae)
+        raw = latents.float() * spread.to(latents.device) + center.to(latents.device)
+        pixels = self._vae_decode(vae, raw.to(vae.device, vae.dtype))
+        return pixels.float().clamp(-1.0, 1.0)
+
+    def _vae_encode(self, vae: Any, pixels: Tensor) -> Any:
+        """The posterior of a clip; families with an image VAE fold the frames into the batch first."""
+        return vae.encode(pixels).latent_dist
+
+    def _from_codec(self, raw: Tensor, batch: int) -> Tensor:
+        """What a posterior gave, in our layout."""
+        return raw
+
+    def _vae_decode(self, vae: Any, raw: Tensor) -> Tensor:
+        """Unnormalised latents in our layout to pixels in our layout."""
+        return vae.decode(raw, return_dict=False)[0]  # type: ignore[no-any-return]
+
+    # -- text ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+        """Prompts to conditioning, as the family's pipeline does it."""
+        return self._encode_prompts(self._text_pipeline(), list(prompts))
+
+    def unconditional(self, negative_prompt: str = "") -> Conditioning:
+        """The conditioning of the unconditional branch, one sample long; encoded once."""
+        if negative_prompt not in self._empty_text:
+            self._empty_text[negative_prompt] = self.encode_text([negative_prompt])
+        return self._empty_text[negative_prompt]
+
+    # -- blocks, motion projections --------------------------------------------------------------------------------
+
+    def blocks(self) -> list[nn.Module]:
+        """The repeated blocks of all networks, in order: the units of sharding and checkpointing."""
+        found: list[nn.Module] = []
+        for network in self.networks.values():
+            for attribute in self.block_lists:
+                part: Any = network.get_submodule(attribute)
+                found.extend(part if isinstance(part, nn.ModuleList) else [part])
+        return found
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass; gradients stay the same."""
+        for network in self.networks.values():
+            network.enable_gradient_checkpointing()  # type: ignore[operator]
+
+    def motion_projections(self, which: Sequence[Projection] = ("v", "o")) -> str:
+        """Full-match regex of the chosen projections of the motion-carrying attention."""
+        unknown = [p for p in which if p not in self.projections]
+        if unknown or not which:
+            raise UsageError(f"projections {list(which)}", f"some of {', '.join(self.projections)}", "the default is [v, o]")
+        return f"(?:{self.temporal_attention})\\.(?:{'|'.join(self.projections[p] for p in which)})"
+
+    def matching(self, pattern: str, name: Optional[str] = None) -> list[str]:
+        """Names of the linear layers that a full-match regex hits; an error that names near misses if it hits none."""
+        network = self.networks[name] if name and self.networks else (self.network if self.networks else self.skeleton(name))
+        try:
+            compiled = re.compile(pattern)
+        except re.error as error:
+            raise UsageError(f"{pattern!r} is no regular expression ({error})", "a Python regex") from error
+        names = [n for n, m in network.named_modules() if isinstance(m, nn.Linear)]
+        hits = [n for n in names if compiled.fullmatch(n)]
+        if not hits:
+            near = [n for n in names if compiled.search(n)][:3] or names[:3]
+            raise UsageError(
+                f"the regex {pattern!r} hits no linear layer of {self.family}",
+                f"a regex that matches whole names, such as {', '.join(near)}",
+                "the family's own motion projections are: " + self.motion_projections(),
+            )
+        return hits
+
+    # -- sampling --------------------------------------------------------------------------------------------------
+
+    def inference_scheduler(self, steps: int, latents: Tensor) -> Any:
+        """The checkpoint's own diffusers scheduler, set to ``steps`` timesteps."""
+        import diffusers
+
+        cls = getattr(diffusers, self.checkpoint.class_of("scheduler"))
+        scheduler = cls.from_config(self.checkpoint.config("scheduler"))
+        scheduler.set_timesteps(steps, device=latents.device)
+        return scheduler
+
+    def _scheduler_step(self) -> samplers.SchedulerStep:
+        """How one step of the family's scheduler is taken; a fresh one per sampling run, since it may hold state."""
+        return samplers.plain_step
+
+    def _scheduler_time(self, label: Tensor) -> Tensor:
+        """A scheduler's timestep label as our time."""
+        return label
+
+    def guided(
+        self, conditioning: Conditioning, unconditional: Optional[Conditioning] = None, guidance: float = 1.0
+    ) -> samplers.Denoiser:
+        """A denoiser under standard guidance ``u + s (c - u)``; one network call where ``guidance`` is 1."""
+
+        def denoise(noisy: Tensor, t: Tensor) -> Tensor:
+            prediction = self.denoise(noisy, t, conditioning)
+            if guidance == 1.0:
+                return prediction
+            empty = (unconditional if unconditional is not None else self.unconditional()).expand(len(conditioning))
+            return guide(self.denoise(noisy, t, empty), prediction, guidance)
+
+        return denoise
+
+    @torch.no_grad()
+    def sample(
+        self,
+        noise: Tensor,
+        conditioning: Conditioning,
+        steps: int | Sequence[float] = 50,
+        guidance: float = 1.0,
+        unconditional: Optional[Conditioning] = None,
+        generator: Optional[torch.Generator] = None,
+        on_step: Optional[samplers.OnStep] = None,
+    ) -> Tensor:
+        """Latents from noise.
+
+        Args:
+            noise: Standard normal latents (B, C, F, H, W).
+            conditioning: One per sample.
+            steps: A number runs the checkpoint's own scheduler for so many steps, as its diffusers pipeline would. A list of
+                falling times runs the few-step sampler that re-noises between them.
+            guidance: Standard guidance scale; 1 is none.
+            unconditional: The other branch of guidance; the empty prompt where not given.
+            generator: For the few-step sampler's fresh noises.
+            on_step: Called after each step with (index, count, time, latents).
+        """
+        denoise = self.guided(conditioning, unconditional, guidance)
+        if not isinstance(steps, int):
+            return samplers.few_step(denoise, noise, self.schedule, steps, generator, on_step)
+        scheduler = self.inference_scheduler(steps, noise)
+        return samplers.many_step(denoise, noise, scheduler, self._scheduler_step(), self._scheduler_time, on_step)

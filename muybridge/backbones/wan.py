@@ -1,0 +1,77 @@
+"""Wan 2.1 and 2.2: flow matching, unified attention over space and time, two experts in 2.2's A14B."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Optional
+
+import torch
+from torch import Tensor
+
+from muybridge.backbones.base import Backbone, Geometry
+from muybridge.diffusion.conditioning import Conditioning
+from muybridge.diffusion.schedules import FlowSchedule, NoiseSchedule
+
+
+class Wan(Backbone):
+    __doc__ = Backbone.__doc__
+
+    family = "Wan"
+    pipelines = ("WanPipeline",)
+    network_names = ("transformer", "transformer_2")
+    block_lists = ("blocks",)
+    temporal_attention = r"blocks\.\d+\.attn1"
+    cross_attention: ClassVar[Optional[str]] = r"blocks\.\d+\.attn2"
+    per_frame_times = True
+    # The number the pipeline encodes with when none is said; Wan was trained with 512 and its velocity depends on it.
+    default_text_length = 512
+
+    def _make_schedule(self, config: dict[str, Any]) -> NoiseSchedule:
+        return FlowSchedule(shift=float(config.get("flow_shift") or config.get("shift") or 1.0))
+
+    def _make_geometry(self) -> Geometry:
+        vae = self.checkpoint.config("vae")
+        network = self.checkpoint.config(self._present_networks()[0])
+        return Geometry(
+            channels=int(network["in_channels"]),
+            spatial=int(vae.get("scale_factor_spatial") or 8),
+            temporal=int(vae.get("scale_factor_temporal") or 4),
+            patch=tuple(network["patch_size"]),
+        )
+
+    @property
+    def expert_boundary(self) -> Optional[float]:
+        """The time from which on the high-noise expert works (2.2's A14B), or None for a single network."""
+        ratio = self.checkpoint.index.get("boundary_ratio")
+        return None if ratio is None or not self.checkpoint.has("transformer_2") else 1000.0 * float(ratio)
+
+    def _forward(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        boundary = self.expert_boundary
+        if boundary is None:
+            return self._run("transformer", latents, t, conditioning)
+        high = t.flatten(1).amax(1) >= boundary if t.ndim == 2 else t >= boundary
+        if bool(high.all()):
+            return self._run("transformer", latents, t, conditioning)
+        if not bool(high.any()):
+            return self._run("transformer_2", latents, t, conditioning)
+        result = torch.empty_like(latents)
+        for name, rows in (("transformer", high), ("transformer_2", ~high)):
+            index = rows.nonzero().flatten()
+            result[index] = self._run(name, latents[index], t[index], conditioning[index])
+        return result
+
+    def _run(self, name: str, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        if t.ndim == 2 or self.checkpoint.index.get("expand_timesteps"):
+            # One time per token: 2.2's 5B always wants it so, and causal stages give every frame its own.
+            frames, height, width = (n // p for n, p in zip(latents.shape[2:], self.geometry.patch))
+            per_frame = t if t.ndim == 2 else t[:, None].expand(-1, frames)
+            t = per_frame.repeat_interleave(height * width, dim=1)
+        network = self.networks[name]
+        return network(  # type: ignore[no-any-return]
+            hidden_states=latents, timestep=t, encoder_hidden_states=conditioning.text, return_dict=False
+        )[0]
+
+    def _encode_prompts(self, pipeline: Any, prompts: list[str]) -> Conditioning:
+        text, _ = pipeline.encode_prompt(
+            prompts, do_classifier_free_guidance=False, max_sequence_length=self.max_text_length, device=self.device
+        )
+        return Conditioning(text)

@@ -1,0 +1,60 @@
+"""What every datamodule yields, whatever its source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Optional
+
+from torch import Tensor
+
+from muybridge.diffusion.conditioning import Conditioning
+from muybridge.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some clips.
+
+    Args:
+        ids: One stable name per clip: influence scores, selections, caches and noise draws refer to it.
+        pixels: (B, 3, F, H, W) in [-1, 1], where the source is video.
+        latents: (B, C, F, H, W), normalised as the backbone's codec does, where the source is a cache.
+        prompts: Captions, where the source has text.
+        conditioning: Text embeddings, where the source is a cache.
+        weights: Motion weights on the latent grid, (B, 1, F, H, W).
+        fps: Frames per second of the clips.
+    """
+
+    ids: list[str]
+    pixels: Optional[Tensor] = None
+    latents: Optional[Tensor] = None
+    prompts: Optional[list[str]] = None
+    conditioning: Optional[Conditioning] = None
+    weights: Optional[Tensor] = None
+    fps: Optional[float] = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and field.name != "fps" and len(value) != len(self.ids):
+                raise UsageError(
+                    f"a batch holds {len(self.ids)} ids and {len(value)} {field.name}",
+                    "one of each per clip",
+                    "check the datamodule that made it",
+                )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def _map(self, function: Callable[[Any], Any]) -> Batch:
+        moved = ("pixels", "latents", "conditioning", "weights")
+        return replace(self, **{k: function(getattr(self, k)) for k in moved if getattr(self, k) is not None})
+
+    def to(self, *args: Any, **kwargs: Any) -> Batch:
+        """A copy moved like ``Tensor.to``; Lightning calls it to bring a batch to its device."""
+        return self._map(lambda x: x.to(*args, **kwargs))
+
+    def pin_memory(self) -> Batch:
+        """A copy in pinned memory; the data loader calls it."""
+        return self._map(lambda x: x.pin_memory() if isinstance(x, Tensor) else x._map(lambda y: y.pin_memory()))

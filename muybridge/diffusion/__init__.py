@@ -1,0 +1,33 @@
+"""Noise, predictions, times and samplers: pure, small, one copy."""
+
+from muybridge.diffusion.boundaries import Boundary
+from muybridge.diffusion.conditioning import Conditioning
+from muybridge.diffusion.draws import keyed_generator, keyed_noise
+from muybridge.diffusion.predictions import Prediction, convert, guide
+from muybridge.diffusion.samplers import few_step, many_step
+from muybridge.diffusion.schedules import FlowSchedule, NoiseSchedule, VPSchedule, shift_level, shifted_steps
+from muybridge.diffusion.steps import DenoisingStep, ScoreStep
+from muybridge.diffusion.timesteps import LogitNormal, Shifted, TimestepSampler, Uniform
+
+__all__ = [
+    "Boundary",
+    "Conditioning",
+    "DenoisingStep",
+    "FlowSchedule",
+    "LogitNormal",
+    "NoiseSchedule",
+    "Prediction",
+    "ScoreStep",
+    "Shifted",
+    "TimestepSampler",
+    "Uniform",
+    "VPSchedule",
+    "convert",
+    "few_step",
+    "guide",
+    "keyed_generator",
+    "keyed_noise",
+    "many_step",
+    "shift_level",
+    "shifted_steps",
+]

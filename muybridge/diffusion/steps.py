@@ -1,0 +1,61 @@
+"""What one noised forward, or one distillation turn, produced. Losses read these and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+from torch import Tensor
+
+from muybridge.diffusion.conditioning import Conditioning
+from muybridge.diffusion.schedules import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class DenoisingStep:
+    """One noised forward of a network.
+
+    Args:
+        clean: Latents (B, C, F, H, W).
+        noise: The noise that was added, same shape.
+        noisy: ``α clean + σ noise``.
+        t: Times, (B,) or (B, F), 0 clean to 1000 noise.
+        prediction: The network's raw output, in the family's own kind.
+        target: What it should have been, same kind.
+        x0: The clean estimate that the prediction stands for.
+        conditioning: What the network was conditioned on.
+        weights: Motion weights on the latent grid, (B, 1, F, H, W), where the data has them.
+        schedule: The family's noise schedule, for losses that need another kind of prediction.
+    """
+
+    clean: Tensor
+    noise: Tensor
+    noisy: Tensor
+    t: Tensor
+    prediction: Tensor
+    target: Tensor
+    x0: Tensor
+    conditioning: Conditioning
+    weights: Optional[Tensor]
+    schedule: NoiseSchedule
+
+
+@dataclass(frozen=True)
+class ScoreStep:
+    """One student turn of distribution matching.
+
+    Args:
+        sample: The student's output, with gradient, (B, C, F, H, W).
+        noisy: The sample, noised to the score time.
+        t: Score times, (B,) or (B, F).
+        real_x0: The teacher's clean estimate, without gradient.
+        fake_x0: The critic's clean estimate, without gradient.
+        conditioning: What all three were conditioned on.
+    """
+
+    sample: Tensor
+    noisy: Tensor
+    t: Tensor
+    real_x0: Tensor
+    fake_x0: Tensor
+    conditioning: Conditioning
