@@ -1,0 +1,33 @@
+"""Fixtures every room's tests share."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: two OpenMP teams on two cores are slower than one thread each, and results must not vary.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from muybridge import tiny
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a tiny pipeline, built once per test run. Tests must not write into it."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = tiny.write(name, tmp_path_factory.mktemp("tiny") / name)
+        return made[name]
+
+    return get
