@@ -1,0 +1,263 @@
+"""What every job shares: roles, loading, sharding, averages, counters, and what a checkpoint holds."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+import muybridge
+from lightning_modules.parallel import FullyShard
+from muybridge.averaging import WeightAverage
+from muybridge.backbones.base import Backbone
+from muybridge.batch import Batch
+from muybridge.diffusion.conditioning import Conditioning
+from muybridge.diffusion.draws import keyed_noise
+from muybridge.errors import UsageError
+
+
+@dataclass
+class Sampling:
+    """How a job makes videos: in ``predict``, and in the ``Samples`` callback during training.
+
+    Args:
+        steps: A number runs the checkpoint's own scheduler; a list of falling times runs the few-step sampler.
+        guidance: Standard guidance scale, ``u + s (c - u)``; 1 is none.
+        negative_prompt: The other branch of guidance.
+        frames: Frames of a clip.
+        height: Height in pixels.
+        width: Width in pixels.
+        fps: Frames per second of the files.
+        seed: The noise of a clip is a function of this seed and the clip's id alone.
+    """
+
+    steps: int | list[float] = 50
+    guidance: float = 5.0
+    negative_prompt: str = ""
+    frames: int = 81
+    height: int = 480
+    width: int = 832
+    fps: float = 16.0
+    seed: int = 0
+
+
+class DiffusionModule(pl.LightningModule, ABC):
+    """A job on one or several backbones.
+
+    A subclass names its roles, says in :meth:`check` what can be wrong before anything is loaded, and in :meth:`prepare`
+    which weights are trained. Everything below is then the same for all jobs: weights are loaded in ``configure_model``
+    (so that a strategy can shard them), a checkpoint holds what is trained and nothing else, and updates are counted here
+    because Lightning's ``global_step`` adds up all optimizers of a job.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.updates = 0
+        self.samples_seen = 0
+        self.average: Optional[WeightAverage] = None
+        # Set by callbacks.EMA before configure_model runs, because the buffers must exist before the strategy sets up.
+        self.average_requested = False
+        self._texts: dict[str, Conditioning] = {}
+        # Frozen weights are absent from checkpoints on purpose; load_state_dict below checks the rest.
+        self.strict_loading = False
+
+    # -- what a job says of itself ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def roles(self) -> dict[str, Backbone]:
+        """The backbones of this job by role, such as student, teacher, critic."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Refuse what can't work, before weights load."""
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Inject adapters, freeze; called once, after loading and before sharding."""
+
+    @property
+    @abstractmethod
+    def sampled(self) -> Backbone:
+        """The backbone whose videos are this job's result."""
+
+    # -- setting up ------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load, prepare, shard, average; once, whatever number of times Lightning calls it."""
+        roles = self.roles()
+        if any(backbone.networks for backbone in roles.values()):
+            return
+        self.check()
+        for role, backbone in roles.items():
+            if "denoiser" not in backbone.components:
+                raise UsageError(
+                    f"the {role} was given components {list(backbone.components)}", "components that include denoiser"
+                )
+            backbone.materialize()
+        self.prepare()
+        trained = [p for p in self.parameters() if p.requires_grad]
+        if not trained:
+            raise UsageError(f"{type(self).__name__} trains no parameter", "at least one", "check the adapter and trainable settings")
+        low = {str(p.dtype) for p in trained if p.dtype not in (torch.float32, torch.float64)}
+        if low:
+            raise UsageError(
+                f"weights to train were loaded in {', '.join(sorted(low))}: steps of a small learning rate round to nothing",
+                "dtype: float32 for trained weights, with Trainer precision bf16-mixed for speed",
+                "set the backbone's dtype to float32, or train an adapter (it is kept in float32)",
+            )
+        strategy = getattr(self._trainer, "strategy", None)
+        if isinstance(strategy, FullyShard):
+            for backbone in roles.values():
+                strategy.shard(backbone)
+        if self.average_requested:
+            self.average = WeightAverage(self)
+
+    def on_fit_start(self) -> None:
+        """Say once what is trained."""
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.parameters())
+        names = ", ".join(f"{role} {backbone.family}" for role, backbone in self.roles().items())
+        pl.utilities.rank_zero_info(f"{type(self).__name__} of {names}: trains {trained:,} of {total:,} parameters")
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _kept(self) -> set[str]:
+        """Names of what a checkpoint holds: trained parameters, and buffers that belong to no backbone."""
+        kept = {n for n, p in self.named_parameters() if p.requires_grad}
+        roles = tuple(f"{n}." for n, m in self.named_modules() if isinstance(m, Backbone))
+        return kept | {n for n, _ in self.named_buffers() if not n.startswith(roles)}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """What is trained, and the averages of it."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        kept = {prefix + name for name in self._kept()}
+        for name in [n for n in state if n not in kept]:
+            del state[name]
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load trained weights; anything missing or left over is an error, never silence."""
+        check_weights(set(state_dict), self._kept(), type(self).__name__)
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Counters, and what made this file; plain types only, so that it loads with ``weights_only``."""
+        checkpoint["muybridge"] = {
+            "version": muybridge.__version__,
+            "job": type(self).__name__,
+            "updates": self.updates,
+            "samples_seen": self.samples_seen,
+            "roles": {role: {"family": b.family, "path": b.checkpoint.given} for role, b in self.roles().items()},
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Counters; refuses another job's file."""
+        made = checkpoint.get("muybridge")
+        if made is None:
+            raise UsageError("this checkpoint was not written by muybridge", "a checkpoint of this job", "check ckpt_path")
+        if made["job"] != type(self).__name__:
+            raise UsageError(f"this checkpoint is of the job {made['job']}", f"one of {type(self).__name__}", "check ckpt_path")
+        for role, backbone in self.roles().items():
+            family = made["roles"].get(role, {}).get("family")
+            if family != backbone.family:
+                raise UsageError(f"the checkpoint's {role} is {family}", f"{backbone.family}, as the config says")
+        self.updates, self.samples_seen = made["updates"], made["samples_seen"]
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """One update of the only optimizer of a job with automatic optimisation."""
+        super().optimizer_step(*args, **kwargs)
+        self.updates += 1
+
+    # -- batches ---------------------------------------------------------------------------------------------------
+
+    def clean_latents(self, batch: Batch, backbone: Backbone) -> Tensor:
+        """The batch's latents, encoded now where the source is video."""
+        if batch.latents is not None:
+            return batch.latents
+        if batch.pixels is None:
+            raise UsageError(
+                "a batch with neither pixels nor latents",
+                "a datamodule that yields video (VideoData) or cached latents",
+                f"{type(self).__name__} can't train on prompts alone",
+            )
+        return backbone.encode(batch.pixels)
+
+    def text(self, batch: Batch, backbone: Backbone) -> Conditioning:
+        """The batch's conditioning, encoded now where the source is text. Each prompt is encoded once per run."""
+        if batch.conditioning is not None:
+            return batch.conditioning
+        if batch.prompts is None:
+            raise UsageError("a batch with neither prompts nor text embeddings", "one of them", "give the clips captions")
+        new = list(dict.fromkeys(p for p in batch.prompts if p not in self._texts))
+        if new:
+            encoded = backbone.encode_text(new)
+            for i, prompt in enumerate(new):
+                self._texts[prompt] = encoded[i].to("cpu")
+        return Conditioning.cat([self._texts[p] for p in batch.prompts]).to(backbone.device)
+
+    # -- videos ----------------------------------------------------------------------------------------------------
+
+    def noise_for(self, ids: list[str], sampling: Sampling) -> Tensor:
+        """Starting noise: a function of the sampling seed and each clip's id."""
+        shape = self.sampled.latent_shape(sampling.frames, sampling.height, sampling.width)
+        return torch.stack([keyed_noise(shape, sampling.seed, "sample", i) for i in ids]).to(self.sampled.device)
+
+    @torch.no_grad()
+    def make_videos(self, batch: Batch, sampling: Sampling, on_step: Any = None) -> Tensor:
+        """Videos for a batch of prompts, pixels (B, 3, F, H, W) in [-1, 1].
+
+        Under a sharded strategy every rank must call this together.
+        """
+        backbone = self.sampled
+        conditioning = self.text(batch, backbone)
+        empty = None if sampling.guidance == 1.0 else backbone.unconditional(sampling.negative_prompt)
+        training = backbone.training
+        backbone.eval()
+        latents = backbone.sample(
+            self.noise_for(batch.ids, sampling),
+            conditioning,
+            steps=sampling.steps,
+            guidance=sampling.guidance,
+            unconditional=empty,
+            generator=torch.Generator().manual_seed(sampling.seed),
+            on_step=on_step,
+        )
+        backbone.train(training)
+        return backbone.decode(latents)
+
+
+def check_weights(given: set[str], wanted: set[str], job: str) -> None:
+    """Refuse a checkpoint whose weights are not those the configuration trains."""
+    missing, extra = sorted(wanted - given), sorted(given - wanted)
+    if not missing and not extra:
+        return
+    parts = []
+    if missing:
+        parts.append(f"lacks {len(missing)} that the config trains, first {missing[0]}")
+    if extra:
+        parts.append(f"holds {len(extra)} that it does not, first {extra[0]}")
+    averages = all(name.startswith("average.") for name in missing + extra)
+    raise UsageError(
+        f"the checkpoint's weights do not fit this {job}: it {' and '.join(parts)}",
+        "the same adapter, trainable and EMA settings as in the run that wrote it",
+        "add or remove callbacks.EMA" if averages else "use that run's config.yaml",
+    )
+
+
+def freeze(module: nn.Module, trainable: Optional[str] = None) -> list[str]:
+    """Freeze all parameters but those whose whole name matches the regex; returns the names left trainable."""
+    pattern = re.compile(trainable) if trainable is not None else None
+    left = []
+    for name, parameter in module.named_parameters():
+        keep = pattern is not None and pattern.fullmatch(name) is not None
+        parameter.requires_grad_(keep)
+        if keep:
+            left.append(name)
+    return left

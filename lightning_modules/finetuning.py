@@ -1,0 +1,242 @@
+"""Finetuning of all weights, some weights, or an adapter, under a list of losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+
+from lightning_modules.base import DiffusionModule, Sampling, freeze
+from lightning_modules.optimization import LearningRate
+from muybridge.backbones.adapters import LoRA, check_lora, inject
+from muybridge.backbones.base import Backbone
+from muybridge.batch import Batch
+from muybridge.diffusion.conditioning import Conditioning
+from muybridge.diffusion.draws import keyed_generator
+from muybridge.diffusion.steps import DenoisingStep
+from muybridge.diffusion.timesteps import TimestepSampler, Uniform
+from muybridge.errors import UsageError
+from muybridge.export import export_adapter, export_pipeline
+from muybridge.losses import Loss
+
+
+class Finetuning(DiffusionModule):
+    """Train a backbone, or an adapter on it, on clips with captions.
+
+    Args:
+        backbone: What is trained; ``class_path: Pretrained`` picks the family from the checkpoint.
+        losses: Losses of one denoising step, such as ``Denoising`` or one of your own.
+        loss_weights: A weight for each loss; all 1 where not given.
+        timesteps: Which times are drawn.
+        adapter: Train a LoRA instead of the weights.
+        trainable: Full-match regex of the weights to train, such as ``transformer\\.blocks\\.\\d+\\.attn1\\..*``; all of them where
+            neither this nor an adapter is given.
+        optimizer: The optimizer.
+        learning_rate: Warm-up and decay of the learning rate.
+        caption_dropout: Share of samples trained with the empty caption, which keeps guidance working.
+        validation_quantiles: Where between clean (0) and noise (1) the validation loss is measured. They do not depend on
+            ``timesteps``, and the noise is the same for every run and every checkpoint, so that curves compare.
+        sampling: How ``predict`` and the ``Samples`` callback make videos.
+        seed: All randomness of training is a function of this seed, the update and the sample's id.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        losses: list[Loss],
+        loss_weights: Optional[list[float]] = None,
+        timesteps: TimestepSampler = Uniform(),  # noqa: B008 - immutable, and printed by --print_config
+        adapter: Optional[LoRA] = None,
+        trainable: Optional[str] = None,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.01),
+        learning_rate: LearningRate = LearningRate(),  # noqa: B008
+        caption_dropout: float = 0.1,
+        validation_quantiles: list[float] = [0.1, 0.3, 0.5, 0.7, 0.9],  # noqa: B006
+        sampling: Sampling = Sampling(),  # noqa: B008
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not losses:
+            raise UsageError("losses is empty", "at least one loss, such as Denoising")
+        weights = list(loss_weights) if loss_weights is not None else [1.0] * len(losses)
+        if len(weights) != len(losses):
+            raise UsageError(f"{len(losses)} losses and {len(weights)} loss_weights", "one weight for each loss")
+        if not 0.0 <= caption_dropout < 1.0:
+            raise UsageError(f"caption_dropout is {caption_dropout}", "a share from 0 to below 1")
+        if not validation_quantiles or not all(0.0 < q < 1.0 for q in validation_quantiles):
+            raise UsageError(f"validation_quantiles is {validation_quantiles}", "numbers between 0 and 1")
+        if adapter is not None and trainable is not None:
+            raise UsageError("both adapter and trainable are given", "one of them", "an adapter freezes all of the base")
+        self.backbone = backbone
+        self.losses = nn.ModuleList(losses)
+        self.loss_names = unique_names(losses)
+        self.loss_weights = weights
+        self.timesteps = timesteps
+        self.adapter = adapter
+        self.trainable = trainable
+        self.optimizer = optimizer
+        self.learning_rate = learning_rate
+        self.caption_dropout = caption_dropout
+        self.validation_quantiles = list(validation_quantiles)
+        self.sampling = sampling
+        self.seed = seed
+
+    # -- setting up ------------------------------------------------------------------------------------------------
+
+    def roles(self) -> dict[str, Backbone]:
+        return {"backbone": self.backbone}
+
+    @property
+    def sampled(self) -> Backbone:
+        return self.backbone
+
+    def check(self) -> None:
+        self.timesteps.quantile(torch.tensor([0.5]), self.backbone.schedule)
+        if self.adapter is not None:
+            check_lora(self.backbone, self.adapter)
+
+    def prepare(self) -> None:
+        if self.adapter is not None:
+            inject(self.backbone, self.adapter)
+        elif self.trainable is not None:
+            if not freeze(self.backbone.networks, self.trainable):
+                names = [n for n, _ in self.backbone.networks.named_parameters()][:3]
+                raise UsageError(
+                    f"trainable {self.trainable!r} matches no parameter",
+                    f"a regex that matches whole names, such as {', '.join(names)}",
+                )
+        else:
+            self.backbone.networks.requires_grad_(True)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over what is trained, and its schedule per update."""
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        total = float(self.trainer.estimated_stepping_batches)
+        scheduler = self.learning_rate.schedule(optimizer, total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def noised_forward(self, clean: Tensor, noise: Tensor, t: Tensor, text: Conditioning, batch: Batch) -> DenoisingStep:
+        """Noise the latents, run the network, collect all that a loss may want."""
+        schedule = self.backbone.schedule
+        noisy = schedule.add_noise(clean, noise, t)
+        prediction = self.backbone(noisy, t, text)
+        return DenoisingStep(
+            clean=clean,
+            noise=noise,
+            noisy=noisy,
+            t=t,
+            prediction=prediction,
+            target=schedule.target(clean, noise, t),
+            x0=schedule.to_x0(prediction, noisy, t),
+            conditioning=text,
+            weights=batch.weights,
+            schedule=schedule,
+        )
+
+    def draw(self, batch: Batch, shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise, times and caption dropout of a training batch, on the CPU.
+
+        Keyed by (seed, update, id): the numbers are the same however the global batch is cut into ranks, micro-batches and
+        slots, and after a resume.
+        """
+        noise, u, drop, seen = [], [], [], dict[str, int]()
+        for name in batch.ids:
+            seen[name] = seen.get(name, -1) + 1
+            generator = keyed_generator(self.seed, "train", self.updates, name, seen[name])
+            u.append(torch.rand((), generator=generator, dtype=torch.float64))
+            drop.append(torch.rand((), generator=generator) < self.caption_dropout)
+            noise.append(torch.randn(tuple(shape), generator=generator))
+        t = self.timesteps.quantile(torch.stack(u), self.backbone.schedule)
+        return torch.stack(noise), t, torch.stack(drop)
+
+    def losses_of(self, step: DenoisingStep) -> dict[str, Tensor]:
+        """Every loss by name, averaged over the samples."""
+        values = {}
+        for name, loss in zip(self.loss_names, self.losses):
+            value = loss(step)
+            if value.shape != (step.clean.shape[0],):
+                raise UsageError(
+                    f"the loss {name} returned shape {tuple(value.shape)}",
+                    f"one number per sample, ({step.clean.shape[0]},)",
+                    "reduce over everything but the batch: muybridge.losses.per_sample does",
+                )
+            values[name] = value.mean()
+        return values
+
+    def total(self, values: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of the losses."""
+        return torch.stack([w * values[n] for n, w in zip(self.loss_names, self.loss_weights)]).sum()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One micro-batch."""
+        clean = self.clean_latents(batch, self.backbone)
+        text = self.text(batch, self.backbone)
+        noise, t, drop = (x.to(clean.device) for x in self.draw(batch, clean.shape[1:]))
+        if bool(drop.any()):
+            text = Conditioning.where(~drop, text, self.backbone.unconditional().to(clean.device))
+        values = self.losses_of(self.noised_forward(clean, noise, t, text, batch))
+        loss = self.total(values)
+        size = len(batch)
+        self.samples_seen += size * self.trainer.world_size
+        self.log("train/loss", loss, prog_bar=True, batch_size=size, sync_dist=True)
+        if len(values) > 1:
+            self.log_dict({f"train/{n}": v for n, v in values.items()}, batch_size=size, sync_dist=True)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """The gradient norm, before clipping."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self.log("train/grad_norm", norm)
+        self.log("train/lr", optimizer.param_groups[0]["lr"])
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """The losses at fixed noise and fixed times."""
+        self._measure(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """As validation, under ``test/``."""
+        self._measure(batch, "test")
+
+    def _measure(self, batch: Batch, stage: str) -> None:
+        clean, size = self.clean_latents(batch, self.backbone), len(batch)
+        text = self.text(batch, self.backbone)
+        shape = tuple(clean.shape[1:])
+        everything = Uniform()
+        sums: list[Tensor] = []
+        for q in self.validation_quantiles:
+            noise = torch.stack([torch.randn(shape, generator=keyed_generator(0, "validation", name, q)) for name in batch.ids])
+            t = everything.quantile(torch.full((size,), q), self.backbone.schedule).to(clean.device)
+            loss = self.total(self.losses_of(self.noised_forward(clean, noise.to(clean), t, text, batch)))
+            self.log(f"{stage}/loss_t{1000 * q:03.0f}", loss, batch_size=size, sync_dist=True)
+            sums.append(loss)
+        mean = torch.stack(sums).mean()
+        self.log(f"{stage}/loss", mean, prog_bar=True, batch_size=size, sync_dist=True)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Videos of the batch's prompts; the ``Samples`` callback writes them."""
+        return self.make_videos(batch, self.sampling)
+
+    # -- out -------------------------------------------------------------------------------------------------------
+
+    def export(self, out: str) -> list[str]:
+        """The result as files for others: a diffusers pipeline directory, or the adapter's own files."""
+        if self.adapter is not None:
+            return [str(p) for p in export_adapter(self.backbone, out)]
+        return [str(export_pipeline(self.backbone, out))]
+
+
+def unique_names(losses: Sequence[nn.Module]) -> list[str]:
+    """A short name for each loss; a class used twice gets numbers."""
+    names: list[str] = []
+    for loss in losses:
+        base = type(loss).__name__
+        count = sum(n == base or n.startswith(f"{base}_") for n in names)
+        names.append(base if count == 0 else f"{base}_{count + 1}")
+    return names

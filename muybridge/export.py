@@ -1,0 +1,70 @@
+"""Back to files that others load: a diffusers pipeline directory, or an adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from muybridge.backbones.base import Backbone
+from muybridge.errors import UsageError
+
+COMFY_FAMILIES = ("Wan", "HunyuanVideo", "LTX")
+
+
+def fresh_directory(out: str) -> tuple[Path, Path]:
+    """The final path, and a sibling to write into first; a half-written export is never mistaken for a whole one."""
+    final = Path(out)
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise UsageError(f"{out} exists and is not empty", "a new or empty directory", "choose another --out, or remove it first")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    return final, partial
+
+
+def export_pipeline(backbone: Backbone, out: str) -> Path:
+    """A complete pipeline directory: the trained networks, and everything else as the source checkpoint has it.
+
+    Args:
+        backbone: With full (unsharded) weights and no adapter on it.
+        out: A new directory.
+    """
+    if not backbone.networks:
+        raise ValueError("nothing is loaded: materialize the backbone first")
+    adapted = [n for n, _ in backbone.named_parameters() if "lora_" in n]
+    if adapted:
+        raise UsageError(
+            "an adapter is still on the network", "its own export, or merge_adapter first", "a pipeline directory holds plain weights"
+        )
+    final, partial = fresh_directory(out)
+    source = backbone.checkpoint.path
+    partial.mkdir()
+    index = dict(backbone.checkpoint.index)
+    for name in backbone.checkpoint.components:
+        if name not in backbone.networks and (source / name).is_dir():
+            shutil.copytree(source / name, partial / name)
+    for name, network in backbone.networks.items():
+        network.save_pretrained(partial / name, safe_serialization=True)  # type: ignore[operator]
+        index[name] = ["diffusers", type(network).__name__]
+    (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    if final.exists():
+        final.rmdir()
+    os.replace(partial, final)
+    return final
+
+
+def export_adapter(backbone: Backbone, out: str) -> list[Path]:
+    """The adapter as ``adapter.safetensors`` (diffusers naming) and, where ComfyUI has names for the family, for it too."""
+    from muybridge.backbones.adapters import save_adapter
+
+    final, partial = fresh_directory(out)
+    partial.mkdir()
+    save_adapter(backbone, str(partial / "adapter.safetensors"), format="diffusers")
+    if backbone.family in COMFY_FAMILIES:
+        save_adapter(backbone, str(partial / "adapter_comfyui.safetensors"), format="comfyui")
+    if final.exists():
+        final.rmdir()
+    os.replace(partial, final)
+    return sorted(final.iterdir())
