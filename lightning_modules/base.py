@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -93,6 +94,9 @@ class DiffusionModule(pl.LightningModule, ABC):
         roles = self.roles()
         if any(backbone.networks for backbone in roles.values()):
             return
+        clip = getattr(getattr(self._trainer, "datamodule", None), "clip_size", None)
+        if clip is not None:
+            self.sampled.check_clip(*clip)
         self.check()
         for role, backbone in roles.items():
             if "denoiser" not in backbone.components:
@@ -201,6 +205,10 @@ class DiffusionModule(pl.LightningModule, ABC):
             for i, prompt in enumerate(new):
                 self._texts[prompt] = encoded[i].to("cpu")
         return Conditioning.cat([self._texts[p] for p in batch.prompts]).to(backbone.device)
+
+    def averaged(self) -> AbstractContextManager[Any]:
+        """Inside it the averaged weights are in place, where the run keeps an average."""
+        return self.average.swapped(self) if self.average is not None else nullcontext()
 
     # -- videos ----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,128 @@
+"""Videos of the model: at intervals during training, and as files from ``predict``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from tqdm import tqdm
+
+from muybridge.batch import Batch
+from muybridge.errors import UsageError
+from muybridge.video import contact_sheet, to_frames, write_gif, write_image, write_video
+
+
+class Samples(BasePredictionWriter):
+    """Write videos as mp4 with a contact sheet, and show the sheet in TensorBoard.
+
+    Args:
+        prompts: What is sampled during training; nothing where empty. ``predict`` takes its prompts from the data.
+        every: Updates between two samplings during training.
+        at_start: Sample once before the first update, to have what training changes to compare with.
+        dirpath: Where files go; ``samples`` (training) and ``predictions`` (predict) in the run's own folder where not given.
+        format: ``mp4``, or ``gif`` for pages that play no video.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str] = (),
+        every: int = 500,
+        at_start: bool = False,
+        dirpath: Optional[str] = None,
+        format: Literal["mp4", "gif"] = "mp4",  # noqa: A002 - the word a user expects in YAML
+    ) -> None:
+        super().__init__(write_interval="batch")
+        if every < 1:
+            raise UsageError(f"Samples every is {every}", "a number of updates, 1 or more")
+        self.prompts, self.every, self.at_start = list(prompts), every, at_start
+        self.dirpath, self.format = dirpath, format
+        self._last = -1
+
+    def folder(self, trainer: pl.Trainer, name: str) -> Path:
+        """Where this run's files of one kind go."""
+        return Path(self.dirpath or trainer.log_dir or trainer.default_root_dir) / name
+
+    def write(self, folder: Path, ids: Sequence[str], pixels: Tensor, fps: float) -> list[Any]:
+        """One file per clip; returns the frames."""
+        clips = [to_frames(clip) for clip in pixels]
+        for name, clip in zip(ids, clips):
+            path = folder / f"{name.replace('/', '_')}.{self.format}"
+            write_gif(path, clip, fps) if self.format == "gif" else write_video(path, clip, fps)
+        return clips
+
+    # -- predict ---------------------------------------------------------------------------------------------------
+
+    def write_on_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Write what ``predict_step`` made."""
+        folder = self.folder(trainer, "predictions")
+        self.write(folder, batch.ids, prediction, pl_module.sampling.fps)
+        if batch_idx == 0:
+            rank_zero_info(f"videos go to {folder}")
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check that there is something to do, and sample the untouched model where asked."""
+        if self.prompts and self.at_start and pl_module.updates == 0:
+            self._sample(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Sample after every so many updates."""
+        updates = pl_module.updates
+        if self.prompts and updates and updates % self.every == 0 and updates != self._last:
+            self._sample(trainer, pl_module)
+
+    def _sample(self, trainer: pl.Trainer, module: Any) -> None:
+        self._last = module.updates
+        ids = [f"{i:02d}" for i in range(len(self.prompts))]
+        sampling = module.sampling
+        # Every rank takes part, since a sharded network needs all of them; the first one writes.
+        with module.averaged(), progress(trainer, f"sampling {len(ids)} clips") as on_step:
+            pixels = module.make_videos(Batch(ids=ids, prompts=self.prompts), sampling, on_step)
+        if not trainer.is_global_zero:
+            return
+        folder = self.folder(trainer, "samples") / f"update-{module.updates:07d}"
+        clips = self.write(folder, ids, pixels, sampling.fps)
+        sheet = contact_sheet(clips)
+        write_image(folder / "sheet.png", sheet)
+        for logger in trainer.loggers:
+            if isinstance(logger, pl.loggers.TensorBoardLogger):
+                logger.experiment.add_image("samples", sheet, module.updates, dataformats="HWC")
+
+
+class progress:  # noqa: N801 - used as a context manager
+    """A progress bar over sampling steps on the first rank, given to samplers as ``on_step``."""
+
+    def __init__(self, trainer: pl.Trainer, label: str) -> None:
+        self.show, self.label, self.bar = trainer.is_global_zero and trainer.progress_bar_callback is not None, label, None
+
+    def __enter__(self) -> progress:
+        return self
+
+    def __call__(self, index: int, count: int, time: float, latents: Tensor) -> None:
+        """Advance by one step."""
+        if not self.show:
+            return
+        if self.bar is None:
+            self.bar = tqdm(total=count, desc=self.label, leave=False)
+        self.bar.update(1)
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
