@@ -33,4 +33,10 @@ def collate(clips: Sequence[Batch]) -> Batch:
         conditioning=Conditioning.cat(conditionings) if conditionings else None,
         weights=tensors("weights"),
         fps=clips[0].fps,
+        present=None if all(c.present is None for c in clips) else torch.cat([present(c) for c in clips]),
     )
+
+
+def present(clip: Batch) -> torch.Tensor:
+    """Which of a batch's clips are there."""
+    return clip.present if clip.present is not None else torch.ones(len(clip), dtype=torch.bool)

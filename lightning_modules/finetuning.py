@@ -154,8 +154,8 @@ class Finetuning(DiffusionModule):
         t = self.timesteps.quantile(torch.stack(u), self.backbone.schedule)
         return torch.stack(noise), t, torch.stack(drop)
 
-    def losses_of(self, step: DenoisingStep) -> dict[str, Tensor]:
-        """Every loss by name, averaged over the samples."""
+    def losses_of(self, step: DenoisingStep, present: Optional[Tensor] = None) -> dict[str, Tensor]:
+        """Every loss by name, averaged over the samples that are there."""
         values = {}
         for name, loss in zip(self.loss_names, self.losses):
             value = loss(step)
@@ -165,7 +165,8 @@ class Finetuning(DiffusionModule):
                     f"one number per sample, ({step.clean.shape[0]},)",
                     "reduce over everything but the batch: muybridge.losses.per_sample does",
                 )
-            values[name] = value.mean()
+            # A skipped clip is multiplied away rather than cut out, so that its rank still runs the same backward.
+            values[name] = value.mean() if present is None else (value * present).sum() / present.sum().clamp(min=1)
         return values
 
     def total(self, values: dict[str, Tensor]) -> Tensor:
@@ -179,7 +180,7 @@ class Finetuning(DiffusionModule):
         noise, t, drop = (x.to(clean.device) for x in self.draw(batch, clean.shape[1:]))
         if bool(drop.any()):
             text = Conditioning.where(~drop, text, self.backbone.unconditional().to(clean.device))
-        values = self.losses_of(self.noised_forward(clean, noise, t, text, batch))
+        values = self.losses_of(self.noised_forward(clean, noise, t, text, batch), batch.present)
         loss = self.total(values)
         size = len(batch)
         self.samples_seen += size * self.trainer.world_size
@@ -213,7 +214,7 @@ class Finetuning(DiffusionModule):
         for q in self.validation_quantiles:
             noise = torch.stack([torch.randn(shape, generator=keyed_generator(0, "validation", name, q)) for name in batch.ids])
             t = everything.quantile(torch.full((size,), q), self.backbone.schedule).to(clean.device)
-            loss = self.total(self.losses_of(self.noised_forward(clean, noise.to(clean), t, text, batch)))
+            loss = self.total(self.losses_of(self.noised_forward(clean, noise.to(clean), t, text, batch), batch.present))
             self.log(f"{stage}/loss_t{1000 * q:03.0f}", loss, batch_size=size, sync_dist=True)
             sums.append(loss)
         mean = torch.stack(sums).mean()

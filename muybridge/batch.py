@@ -24,6 +24,8 @@ class Batch:
         conditioning: Text embeddings, where the source is a cache.
         weights: Motion weights on the latent grid, (B, 1, F, H, W).
         fps: Frames per second of the clips.
+        present: (B,), False for a clip that could not be read and was skipped: its pixels are zero and no loss may count it.
+            A skipped clip keeps its slot, so that every rank still takes the same number of steps. ``None``: all are there.
     """
 
     ids: list[str]
@@ -33,6 +35,7 @@ class Batch:
     conditioning: Optional[Conditioning] = None
     weights: Optional[Tensor] = None
     fps: Optional[float] = None
+    present: Optional[Tensor] = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -48,7 +51,7 @@ class Batch:
         return len(self.ids)
 
     def _map(self, function: Callable[[Any], Any]) -> Batch:
-        moved = ("pixels", "latents", "conditioning", "weights")
+        moved = ("pixels", "latents", "conditioning", "weights", "present")
         return replace(self, **{k: function(getattr(self, k)) for k in moved if getattr(self, k) is not None})
 
     def to(self, *args: Any, **kwargs: Any) -> Batch:
