@@ -34,7 +34,7 @@ class Samples(BasePredictionWriter):
         every: int = 500,
         at_start: bool = False,
         dirpath: Optional[str] = None,
-        format: Literal["mp4", "gif"] = "mp4",  # noqa: A002 - the word a user expects in YAML
+        format: Literal["mp4", "gif"] = "mp4",
     ) -> None:
         super().__init__(write_interval="batch")
         if every < 1:
@@ -50,7 +50,7 @@ class Samples(BasePredictionWriter):
     def write(self, folder: Path, ids: Sequence[str], pixels: Tensor, fps: float) -> list[Any]:
         """One file per clip; returns the frames."""
         clips = [to_frames(clip) for clip in pixels]
-        for name, clip in zip(ids, clips):
+        for name, clip in zip(ids, clips, strict=True):
             path = folder / f"{name.replace('/', '_')}.{self.format}"
             write_gif(path, clip, fps) if self.format == "gif" else write_video(path, clip, fps)
         return clips
@@ -93,7 +93,7 @@ class Samples(BasePredictionWriter):
         ids = [f"{i:02d}" for i in range(len(self.prompts))]
         sampling = module.sampling
         # Every rank takes part, since a sharded network needs all of them; the first one writes.
-        with module.averaged(), progress(trainer, f"sampling {len(ids)} clips") as on_step:
+        with module.averaged(), SamplingBar(trainer, f"sampling {len(ids)} clips") as on_step:
             pixels = module.make_videos(Batch(ids=ids, prompts=self.prompts), sampling, on_step)
         if not trainer.is_global_zero:
             return
@@ -106,13 +106,17 @@ class Samples(BasePredictionWriter):
                 logger.experiment.add_image("samples", sheet, module.updates, dataformats="HWC")
 
 
-class progress:  # noqa: N801 - used as a context manager
+class SamplingBar:
     """A progress bar over sampling steps on the first rank, given to samplers as ``on_step``."""
 
     def __init__(self, trainer: pl.Trainer, label: str) -> None:
-        self.show, self.label, self.bar = trainer.is_global_zero and trainer.progress_bar_callback is not None, label, None
+        self.show, self.label, self.bar = (
+            trainer.is_global_zero and trainer.progress_bar_callback is not None,
+            label,
+            None,
+        )
 
-    def __enter__(self) -> progress:
+    def __enter__(self) -> SamplingBar:
         return self
 
     def __call__(self, index: int, count: int, time: float, latents: Tensor) -> None:

@@ -11,11 +11,11 @@ from typing import Any, Optional
 
 import lightning.pytorch as pl
 import torch
+from muybridge.averaging import WeightAverage
 from torch import Tensor, nn
 
 import muybridge
 from lightning_modules.parallel import FullyShard
-from muybridge.averaging import WeightAverage
 from muybridge.backbones.base import Backbone
 from muybridge.batch import Batch
 from muybridge.diffusion.conditioning import Conditioning
@@ -107,7 +107,9 @@ class DiffusionModule(pl.LightningModule, ABC):
         self.prepare()
         trained = [p for p in self.parameters() if p.requires_grad]
         if not trained:
-            raise UsageError(f"{type(self).__name__} trains no parameter", "at least one", "check the adapter and trainable settings")
+            raise UsageError(
+                f"{type(self).__name__} trains no parameter", "at least one", "check the adapter and trainable settings"
+            )
         low = {str(p.dtype) for p in trained if p.dtype not in (torch.float32, torch.float64)}
         if low:
             raise UsageError(
@@ -165,9 +167,13 @@ class DiffusionModule(pl.LightningModule, ABC):
         """Counters; refuses another job's file."""
         made = checkpoint.get("muybridge")
         if made is None:
-            raise UsageError("this checkpoint was not written by muybridge", "a checkpoint of this job", "check ckpt_path")
+            raise UsageError(
+                "this checkpoint was not written by muybridge", "a checkpoint of this job", "check ckpt_path"
+            )
         if made["job"] != type(self).__name__:
-            raise UsageError(f"this checkpoint is of the job {made['job']}", f"one of {type(self).__name__}", "check ckpt_path")
+            raise UsageError(
+                f"this checkpoint is of the job {made['job']}", f"one of {type(self).__name__}", "check ckpt_path"
+            )
         for role, backbone in self.roles().items():
             family = made["roles"].get(role, {}).get("family")
             if family != backbone.family:
@@ -198,7 +204,9 @@ class DiffusionModule(pl.LightningModule, ABC):
         if batch.conditioning is not None:
             return batch.conditioning
         if batch.prompts is None:
-            raise UsageError("a batch with neither prompts nor text embeddings", "one of them", "give the clips captions")
+            raise UsageError(
+                "a batch with neither prompts nor text embeddings", "one of them", "give the clips captions"
+            )
         new = list(dict.fromkeys(p for p in batch.prompts if p not in self._texts))
         if new:
             encoded = backbone.encode_text(new)

@@ -7,11 +7,11 @@ from typing import Any, Optional
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from muybridge.backbones.adapters import LoRA, check_lora, inject
 from torch import Tensor, nn
 
 from lightning_modules.base import DiffusionModule, Sampling, freeze
 from lightning_modules.optimization import LearningRate
-from muybridge.backbones.adapters import LoRA, check_lora, inject
 from muybridge.backbones.base import Backbone
 from muybridge.batch import Batch
 from muybridge.diffusion.conditioning import Conditioning
@@ -24,7 +24,7 @@ from muybridge.losses import Loss
 
 
 class Finetuning(DiffusionModule):
-    """Train a backbone, or an adapter on it, on clips with captions.
+    r"""Train a backbone, or an adapter on it, on clips with captions.
 
     Args:
         backbone: What is trained; ``class_path: Pretrained`` picks the family from the checkpoint.
@@ -32,7 +32,8 @@ class Finetuning(DiffusionModule):
         loss_weights: A weight for each loss; all 1 where not given.
         timesteps: Which times are drawn.
         adapter: Train a LoRA instead of the weights.
-        trainable: Full-match regex of the weights to train, such as ``transformer\\.blocks\\.\\d+\\.attn1\\..*``; all of them where
+        trainable: Full-match regex of the weights to train, such as
+            ``transformer\.blocks\.\d+\.attn1\..*``; all of them where
             neither this nor an adapter is given.
         optimizer: The optimizer.
         learning_rate: Warm-up and decay of the learning rate.
@@ -69,7 +70,9 @@ class Finetuning(DiffusionModule):
         if not validation_quantiles or not all(0.0 < q < 1.0 for q in validation_quantiles):
             raise UsageError(f"validation_quantiles is {validation_quantiles}", "numbers between 0 and 1")
         if adapter is not None and trainable is not None:
-            raise UsageError("both adapter and trainable are given", "one of them", "an adapter freezes all of the base")
+            raise UsageError(
+                "both adapter and trainable are given", "one of them", "an adapter freezes all of the base"
+            )
         self.backbone = backbone
         self.losses = nn.ModuleList(losses)
         self.loss_names = unique_names(losses)
@@ -120,7 +123,9 @@ class Finetuning(DiffusionModule):
 
     # -- one step --------------------------------------------------------------------------------------------------
 
-    def noised_forward(self, clean: Tensor, noise: Tensor, t: Tensor, text: Conditioning, batch: Batch) -> DenoisingStep:
+    def noised_forward(
+        self, clean: Tensor, noise: Tensor, t: Tensor, text: Conditioning, batch: Batch
+    ) -> DenoisingStep:
         """Noise the latents, run the network, collect all that a loss may want."""
         schedule = self.backbone.schedule
         noisy = schedule.add_noise(clean, noise, t)
@@ -157,7 +162,7 @@ class Finetuning(DiffusionModule):
     def losses_of(self, step: DenoisingStep, present: Optional[Tensor] = None) -> dict[str, Tensor]:
         """Every loss by name, averaged over the samples that are there."""
         values = {}
-        for name, loss in zip(self.loss_names, self.losses):
+        for name, loss in zip(self.loss_names, self.losses, strict=True):
             value = loss(step)
             if value.shape != (step.clean.shape[0],):
                 raise UsageError(
@@ -171,7 +176,7 @@ class Finetuning(DiffusionModule):
 
     def total(self, values: dict[str, Tensor]) -> Tensor:
         """The weighted sum of the losses."""
-        return torch.stack([w * values[n] for n, w in zip(self.loss_names, self.loss_weights)]).sum()
+        return torch.stack([w * values[n] for n, w in zip(self.loss_names, self.loss_weights, strict=True)]).sum()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One micro-batch."""
@@ -212,9 +217,13 @@ class Finetuning(DiffusionModule):
         everything = Uniform()
         sums: list[Tensor] = []
         for q in self.validation_quantiles:
-            noise = torch.stack([torch.randn(shape, generator=keyed_generator(0, "validation", name, q)) for name in batch.ids])
+            noise = torch.stack(
+                [torch.randn(shape, generator=keyed_generator(0, "validation", name, q)) for name in batch.ids]
+            )
             t = everything.quantile(torch.full((size,), q), self.backbone.schedule).to(clean.device)
-            loss = self.total(self.losses_of(self.noised_forward(clean, noise.to(clean), t, text, batch), batch.present))
+            loss = self.total(
+                self.losses_of(self.noised_forward(clean, noise.to(clean), t, text, batch), batch.present)
+            )
             self.log(f"{stage}/loss_t{1000 * q:03.0f}", loss, batch_size=size, sync_dist=True)
             sums.append(loss)
         mean = torch.stack(sums).mean()

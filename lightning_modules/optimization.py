@@ -53,6 +53,8 @@ class LearningRate:
         end = float(self.updates) if self.updates is not None else total
         if self.shape == "cosine" and not math.isfinite(end):
             raise UsageError(
-                "a cosine learning rate in a run without an end", "trainer.max_steps, or model.learning_rate.updates", "set one of them"
+                "a cosine learning rate in a run without an end",
+                "trainer.max_steps, or model.learning_rate.updates",
+                "set one of them",
             )
         return LambdaLR(optimizer, lambda update: self.factor(update, end))

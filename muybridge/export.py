@@ -17,7 +17,9 @@ def fresh_directory(out: str) -> tuple[Path, Path]:
     """The final path, and a sibling to write into first; a half-written export is never mistaken for a whole one."""
     final = Path(out)
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise UsageError(f"{out} exists and is not empty", "a new or empty directory", "choose another --out, or remove it first")
+        raise UsageError(
+            f"{out} exists and is not empty", "a new or empty directory", "choose another --out, or remove it first"
+        )
     final.parent.mkdir(parents=True, exist_ok=True)
     partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -36,7 +38,9 @@ def export_pipeline(backbone: Backbone, out: str) -> Path:
     adapted = [n for n, _ in backbone.named_parameters() if "lora_" in n]
     if adapted:
         raise UsageError(
-            "an adapter is still on the network", "its own export, or merge_adapter first", "a pipeline directory holds plain weights"
+            "an adapter is still on the network",
+            "its own export, or merge_adapter first",
+            "a pipeline directory holds plain weights",
         )
     final, partial = fresh_directory(out)
     source = backbone.checkpoint.path

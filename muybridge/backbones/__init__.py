@@ -11,7 +11,6 @@ from muybridge.backbones.checkpoint import Checkpoint
 from muybridge.errors import UsageError
 from muybridge.registry import BACKBONES
 
-
 __all__ = ["Backbone", "Geometry", "Pretrained", "load", "pick_family", *BACKBONES]
 
 
@@ -96,7 +95,13 @@ class Pretrained(Backbone):
         raise RuntimeError("unreachable: __new__ returns another class")
 
 
-def load(path: str, dtype: DType = "float32", components: Sequence[Component] = ALL_COMPONENTS, **options: Any) -> Backbone:
+# Nothing is ever an instance of it, and jsonargparse refuses the class_path of an abstract class.
+Pretrained.__abstractmethods__ = frozenset()
+
+
+def load(
+    path: str, dtype: DType = "float32", components: Sequence[Component] = ALL_COMPONENTS, **options: Any
+) -> Backbone:
     """Open a diffusers checkpoint of any known family and load its network.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -98,7 +99,9 @@ class Backbone(nn.Module, ABC):
         unknown = [c for c in components if c not in ALL_COMPONENTS]
         if unknown:
             raise UsageError(
-                f"component {unknown[0]!r}", f"some of {', '.join(ALL_COMPONENTS)}", did_you_mean(unknown[0], ALL_COMPONENTS)
+                f"component {unknown[0]!r}",
+                f"some of {', '.join(ALL_COMPONENTS)}",
+                did_you_mean(unknown[0], ALL_COMPONENTS),
             )
         self.checkpoint = Checkpoint(path)
         if self.checkpoint.pipeline_class not in self.pipelines:
@@ -112,7 +115,7 @@ class Backbone(nn.Module, ABC):
         self.components = tuple(components)
         self.gradient_checkpointing = gradient_checkpointing
         self.vae_tiling = vae_tiling
-        self.max_text_length = max_text_length or self.default_text_length
+        self.max_text_length = self._text_length(max_text_length)
         self.schedule: NoiseSchedule = self._make_schedule(self.checkpoint.config("scheduler"))
         self.geometry: Geometry = self._make_geometry()
         self.networks = nn.ModuleDict()
@@ -140,6 +143,10 @@ class Backbone(nn.Module, ABC):
 
     def _check(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> None:
         """Refuse what the network would silently get wrong."""
+
+    def _text_length(self, wanted: Optional[int]) -> int:
+        """Tokens per prompt; families that know only one number refuse others."""
+        return wanted or self.default_text_length
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
@@ -184,7 +191,9 @@ class Backbone(nn.Module, ABC):
         """The denoising network (of Wan 2.2's two experts, the one for high noise)."""
         if not self.networks:
             self._need("denoiser")
-            raise RuntimeError(f"{self.family}: the network is not loaded yet; call materialize() or use backbones.load()")
+            raise RuntimeError(
+                f"{self.family}: the network is not loaded yet; call materialize() or use backbones.load()"
+            )
         return next(iter(self.networks.values()))
 
     @property
@@ -256,19 +265,33 @@ class Backbone(nn.Module, ABC):
                 "causal stages need a family with per-frame times (Wan)",
             )
         if t.shape[0] != latents.shape[0] or len(conditioning) != latents.shape[0]:
-            raise ValueError(f"{latents.shape[0]} latents, {t.shape[0]} times, {len(conditioning)} prompts: expected equal numbers")
+            raise ValueError(
+                f"{latents.shape[0]} latents, {t.shape[0]} times, {len(conditioning)} prompts: expected equal numbers"
+            )
         geometry = self.geometry
         _, channels, frames, height, width = latents.shape
         if channels != geometry.channels:
-            raise UsageError(f"latents with {channels} channels", f"{geometry.channels}, as {self.family}'s network takes")
-        for size, patch, axis in zip((frames, height, width), geometry.patch, ("frames", "height", "width")):
+            raise UsageError(
+                f"latents with {channels} channels", f"{geometry.channels}, as {self.family}'s network takes"
+            )
+        for size, patch, axis in zip(
+            (frames, height, width), geometry.patch, ("frames", "height", "width"), strict=True
+        ):
             if size % patch:
                 raise UsageError(
                     f"a latent {axis} of {size}",
                     f"a multiple of {self.family}'s patch, {patch}: the network would crop it in silence",
                 )
         if geometry.frames is not None and frames not in (geometry.frames, 1):
-            raise UsageError(f"{frames} latent frames", f"{geometry.frames} (or 1), the only count {self.family}'s network has positions for")
+            raise UsageError(
+                f"{frames} latent frames",
+                f"{geometry.frames} (or 1): {self.family}'s network has positions for no other count",
+            )
+        if geometry.max_frames is not None and frames > geometry.max_frames:
+            raise UsageError(
+                f"{frames} latent frames",
+                f"at most {geometry.max_frames}: {self.family}'s network has positions for no more",
+            )
         self._check(latents, t, conditioning)
         dtype = self.dtype
         t = self.schedule.snap(t.to(latents.device))
@@ -394,12 +417,16 @@ class Backbone(nn.Module, ABC):
         """Full-match regex of the chosen projections of the motion-carrying attention."""
         unknown = [p for p in which if p not in self.projections]
         if unknown or not which:
-            raise UsageError(f"projections {list(which)}", f"some of {', '.join(self.projections)}", "the default is [v, o]")
+            raise UsageError(
+                f"projections {list(which)}", f"some of {', '.join(self.projections)}", "the default is [v, o]"
+            )
         return f"(?:{self.temporal_attention})\\.(?:{'|'.join(self.projections[p] for p in which)})"
 
     def matching(self, pattern: str, name: Optional[str] = None) -> list[str]:
         """Names of the linear layers that a full-match regex hits; an error that names near misses if it hits none."""
-        network = self.networks[name] if name and self.networks else (self.network if self.networks else self.skeleton(name))
+        network = (
+            self.networks[name] if name and self.networks else (self.network if self.networks else self.skeleton(name))
+        )
         try:
             compiled = re.compile(pattern)
         except re.error as error:
@@ -426,13 +453,20 @@ class Backbone(nn.Module, ABC):
         scheduler.set_timesteps(steps, device=latents.device)
         return scheduler
 
-    def _scheduler_step(self) -> samplers.SchedulerStep:
+    def _scheduler_step(self, generator: Optional[torch.Generator]) -> samplers.SchedulerStep:
         """How one step of the family's scheduler is taken; a fresh one per sampling run, since it may hold state."""
-        return samplers.plain_step
+        return functools.partial(samplers.plain_step, generator=generator)
 
     def _scheduler_time(self, label: Tensor) -> Tensor:
         """A scheduler's timestep label as our time."""
         return label
+
+    def pair_unconditional(
+        self, conditioning: Conditioning, unconditional: Optional[Conditioning] = None
+    ) -> Conditioning:
+        """The unconditional branch that goes with ``conditioning``; the empty prompt where none is given."""
+        empty = unconditional if unconditional is not None else self.unconditional()
+        return empty.expand(len(conditioning))
 
     def guided(
         self, conditioning: Conditioning, unconditional: Optional[Conditioning] = None, guidance: float = 1.0
@@ -443,7 +477,7 @@ class Backbone(nn.Module, ABC):
             prediction = self.denoise(noisy, t, conditioning)
             if guidance == 1.0:
                 return prediction
-            empty = (unconditional if unconditional is not None else self.unconditional()).expand(len(conditioning))
+            empty = self.pair_unconditional(conditioning, unconditional)
             return guide(self.denoise(noisy, t, empty), prediction, guidance)
 
         return denoise
@@ -468,11 +502,13 @@ class Backbone(nn.Module, ABC):
                 falling times runs the few-step sampler that re-noises between them.
             guidance: Standard guidance scale; 1 is none.
             unconditional: The other branch of guidance; the empty prompt where not given.
-            generator: For the few-step sampler's fresh noises.
+            generator: For the fresh noises of the few-step sampler, or of a scheduler that draws some, on the CPU.
             on_step: Called after each step with (index, count, time, latents).
         """
         denoise = self.guided(conditioning, unconditional, guidance)
         if not isinstance(steps, int):
             return samplers.few_step(denoise, noise, self.schedule, steps, generator, on_step)
         scheduler = self.inference_scheduler(steps, noise)
-        return samplers.many_step(denoise, noise, scheduler, self._scheduler_step(), self._scheduler_time, on_step)
+        return samplers.many_step(
+            denoise, noise, scheduler, self._scheduler_step(generator), self._scheduler_time, on_step
+        )

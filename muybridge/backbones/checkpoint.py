@@ -74,7 +74,9 @@ class Checkpoint:
                 "download or export the checkpoint again",
             ) from None
         except json.JSONDecodeError as error:
-            raise UsageError(f"{file} is not valid JSON ({error})", "an unbroken download", "fetch the file again") from error
+            raise UsageError(
+                f"{file} is not valid JSON ({error})", "an unbroken download", "fetch the file again"
+            ) from error
 
     @cached_property
     def index(self) -> dict[str, Any]:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from muybridge.backbones.base import Backbone, Geometry
+from muybridge.backbones.noise import rectified_flow
 from muybridge.diffusion.conditioning import Conditioning
-from muybridge.diffusion.schedules import FlowSchedule, NoiseSchedule
+from muybridge.diffusion.schedules import NoiseSchedule
 
 
 class Wan(Backbone):
-    __doc__ = Backbone.__doc__
+    """Wan 2.1 (1.3B, 14B) and 2.2 (A14B with two experts, TI2V-5B without an image)."""
 
     family = "Wan"
     pipelines = ("WanPipeline",)
@@ -26,7 +27,7 @@ class Wan(Backbone):
     default_text_length = 512
 
     def _make_schedule(self, config: dict[str, Any]) -> NoiseSchedule:
-        return FlowSchedule(shift=float(config.get("flow_shift") or config.get("shift") or 1.0))
+        return rectified_flow(config)
 
     def _make_geometry(self) -> Geometry:
         vae = self.checkpoint.config("vae")
@@ -62,7 +63,7 @@ class Wan(Backbone):
     def _run(self, name: str, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         if t.ndim == 2 or self.checkpoint.index.get("expand_timesteps"):
             # One time per token: 2.2's 5B always wants it so, and causal stages give every frame its own.
-            frames, height, width = (n // p for n, p in zip(latents.shape[2:], self.geometry.patch))
+            frames, height, width = (n // p for n, p in zip(latents.shape[2:], self.geometry.patch, strict=True))
             per_frame = t if t.ndim == 2 else t[:, None].expand(-1, frames)
             t = per_frame.repeat_interleave(height * width, dim=1)
         network = self.networks[name]

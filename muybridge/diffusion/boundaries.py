@@ -31,13 +31,20 @@ class Boundary:
     unit: Unit = "timestep"
 
     def __post_init__(self) -> None:
-        limits = {"timestep": (0.0, 1000.0), "sigma": (0.0, 1.0), "fraction": (0.0, 1.0), "logsnr": (-math.inf, math.inf)}
+        limits = {
+            "timestep": (0.0, 1000.0),
+            "sigma": (0.0, 1.0),
+            "fraction": (0.0, 1.0),
+            "logsnr": (-math.inf, math.inf),
+        }
         if self.unit not in limits:
             raise UsageError(f"boundary unit is {self.unit!r}", f"one of {', '.join(limits)}")
         low, high = limits[self.unit]
         if not low <= self.value <= high:
             raise UsageError(
-                f"boundary of {self.value:g} {self.unit}", f"a value from {low:g} to {high:g}", "check the unit of the boundary"
+                f"boundary of {self.value:g} {self.unit}",
+                f"a value from {low:g} to {high:g}",
+                "check the unit of the boundary",
             )
 
     def resolve(self, schedule: NoiseSchedule) -> float:
@@ -62,4 +69,6 @@ class Boundary:
         alpha, sigma = (float(c) for c in schedule.coefficients(torch.tensor(t, dtype=torch.float64)))
         if unit == "sigma":
             return cls(sigma / (alpha + sigma), unit)
-        return cls(2.0 * (math.log(alpha) - math.log(sigma)) if alpha and sigma else (math.inf if alpha else -math.inf), unit)
+        return cls(
+            2.0 * (math.log(alpha) - math.log(sigma)) if alpha and sigma else (math.inf if alpha else -math.inf), unit
+        )

@@ -20,7 +20,9 @@ def upcast(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def to_x0_eps(prediction: Tensor, noisy: Tensor, alpha: Tensor, sigma: Tensor, kind: Prediction) -> tuple[Tensor, Tensor]:
+def to_x0_eps(
+    prediction: Tensor, noisy: Tensor, alpha: Tensor, sigma: Tensor, kind: Prediction
+) -> tuple[Tensor, Tensor]:
     """The clean and the noise estimate that a raw prediction stands for.
 
     From ``z = α x + σ ε``: flow ``v = ε - x`` gives ``x = (z - σ v)/(α + σ)``, ``ε = (z + α v)/(α + σ)``;

@@ -5,7 +5,9 @@ A denoiser is any ``(noisy, t) -> raw prediction``; guidance, adapters and exper
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Optional, Protocol
 
 import torch
@@ -31,7 +33,7 @@ SchedulerStep = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 def check_steps(steps: Sequence[float]) -> list[float]:
     """A few-step list: falling, at most 1000, above 0."""
     values = [float(step) for step in steps]
-    if not values or values[0] > T_MAX or values[-1] <= 0 or any(b >= a for a, b in zip(values, values[1:])):
+    if not values or values[0] > T_MAX or values[-1] <= 0 or any(b >= a for a, b in pairwise(values)):
         raise UsageError(
             f"the step list is {list(steps)}",
             "times that fall from at most 1000 and end above 0, such as [1000, 937.5, 833.3, 625]",
@@ -73,9 +75,12 @@ def few_step(
     return x0
 
 
-def plain_step(scheduler: Any, prediction: Tensor, timestep: Tensor, latents: Tensor) -> Tensor:
-    """One step of a diffusers scheduler."""
-    return scheduler.step(prediction, timestep, latents, return_dict=False)[0]  # type: ignore[no-any-return]
+def plain_step(
+    scheduler: Any, prediction: Tensor, timestep: Tensor, latents: Tensor, generator: Optional[torch.Generator] = None
+) -> Tensor:
+    """One step of a diffusers scheduler; those that draw noise draw it from ``generator``."""
+    extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    return scheduler.step(prediction, timestep, latents, return_dict=False, **extra)[0]  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
