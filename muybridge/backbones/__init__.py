@@ -51,10 +51,10 @@ class Pretrained(Backbone):
 
     Args:
         path: Directory of a diffusers pipeline (with ``model_index.json``), or a hub id.
-        dtype: Dtype of the network's weights. Train all weights in float32 with Trainer precision ``bf16-mixed``; bfloat16
-            suits a frozen base under adapters.
-        components: What this job may load: ``denoiser``, ``vae``, ``text_encoder``. Training on cached latents and text needs
-            ``denoiser`` alone.
+        dtype: Dtype of the network's weights. Train all weights in float32 with Trainer precision ``bf16-mixed``;
+            bfloat16 suits a frozen base under adapters.
+        components: What this job may load: ``denoiser``, ``vae``, ``text_encoder``. Training on cached latents and text
+            needs ``denoiser`` alone.
         gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
         vae_dtype: Dtype of the VAE.
         vae_tiling: Encode and decode in spatial tiles, for large frames on small cards.

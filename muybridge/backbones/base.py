@@ -49,15 +49,15 @@ class Geometry:
 class Backbone(nn.Module, ABC):
     """A diffusers model behind the toolkit's face: (B, C, F, H, W) latents, time 0..1000, one conditioning dataclass.
 
-    Constructing one reads configuration files only. :meth:`materialize` loads the network; the VAE and the text encoder are
-    loaded when something is first encoded or decoded, and are no submodules: they are never trained, saved or sharded.
+    Constructing one reads configuration files only. :meth:`materialize` loads the network; the VAE and the text encoder
+    are loaded when something is first encoded or decoded, and are no submodules: never trained, saved or sharded.
 
     Args:
         path: Directory of a diffusers pipeline (with ``model_index.json``), or a hub id.
-        dtype: Dtype of the network's weights. Train all weights in float32 with Trainer precision ``bf16-mixed``; bfloat16
-            suits a frozen base under adapters.
-        components: What this job may load: ``denoiser``, ``vae``, ``text_encoder``. Training on cached latents and text needs
-            ``denoiser`` alone.
+        dtype: Dtype of the network's weights. Train all weights in float32 with Trainer precision ``bf16-mixed``;
+            bfloat16 suits a frozen base under adapters.
+        components: What this job may load: ``denoiser``, ``vae``, ``text_encoder``. Training on cached latents and text
+            needs ``denoiser`` alone.
         gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
         vae_dtype: Dtype of the VAE.
         vae_tiling: Encode and decode in spatial tiles, for large frames on small cards.
@@ -76,7 +76,7 @@ class Backbone(nn.Module, ABC):
     cross_attention: ClassVar[Optional[str]] = None
     """Full-match regex of the attention modules from video to text, where they are modules of their own."""
     attention_kind: ClassVar[Literal["factorised", "unified"]] = "unified"
-    """``factorised``: temporal attention sees one place over all frames. ``unified``: all places of all frames at once."""
+    """``factorised``: temporal attention sees one place over all frames. ``unified``: all places of all frames."""
     text_tokens: ClassVar[Optional[Literal["first", "last"]]] = None
     """Where text tokens sit in a joint attention sequence; ``None`` where video attends to itself alone."""
     projections: ClassVar[dict[Projection, str]] = {"q": "to_q", "k": "to_k", "v": "to_v", "o": r"to_out\.0"}
@@ -159,7 +159,7 @@ class Backbone(nn.Module, ABC):
             broken = [n for n, p in network.named_parameters() if not bool(torch.isfinite(p).all())]
             if broken:
                 raise UsageError(
-                    f"{self.checkpoint.given}/{name} holds {len(broken)} parameters that are not finite, first {broken[0]}",
+                    f"{self.checkpoint.given}/{name} holds {len(broken)} parameters that are not finite: {broken[0]}",
                     "finite weights",
                     "the download is broken or was saved after a diverged run",
                 )
@@ -178,13 +178,13 @@ class Backbone(nn.Module, ABC):
 
     def _load_network(self, name: str) -> nn.Module:
         cls = self._network_class(name)
-        return cls.from_pretrained(self.checkpoint.path, subfolder=name, dtype=self.dtype)  # type: ignore[no-any-return]
+        return cls.from_pretrained(self.checkpoint.path, subfolder=name, dtype=self.dtype)
 
     def skeleton(self, name: Optional[str] = None) -> nn.Module:
         """The network without weights (on the meta device): names and shapes for checks before anything is loaded."""
         name = name or self._present_networks()[0]
         with torch.device("meta"):
-            return self._network_class(name).from_config(self.checkpoint.config(name))  # type: ignore[no-any-return]
+            return self._network_class(name).from_config(self.checkpoint.config(name))
 
     @property
     def network(self) -> nn.Module:
@@ -207,7 +207,7 @@ class Backbone(nn.Module, ABC):
             raise UsageError(
                 f"this job asked {self.family} for its {component}, but was given components {list(self.components)}",
                 f"components that include {component}",
-                f"add {component} to the backbone's components, or feed the job what it would have made (cached latents or text)",
+                f"add {component} to the backbone's components, or feed the job cached latents or text instead",
             )
 
     @property
@@ -382,7 +382,7 @@ class Backbone(nn.Module, ABC):
 
     def _vae_decode(self, vae: Any, raw: Tensor) -> Tensor:
         """Unnormalised latents in our layout to pixels in our layout."""
-        return vae.decode(raw, return_dict=False)[0]  # type: ignore[no-any-return]
+        return vae.decode(raw, return_dict=False)[0]
 
     # -- text ------------------------------------------------------------------------------------------------------
 
@@ -498,8 +498,8 @@ class Backbone(nn.Module, ABC):
         Args:
             noise: Standard normal latents (B, C, F, H, W).
             conditioning: One per sample.
-            steps: A number runs the checkpoint's own scheduler for so many steps, as its diffusers pipeline would. A list of
-                falling times runs the few-step sampler that re-noises between them.
+            steps: A number runs the checkpoint's own scheduler for so many steps, as its diffusers pipeline would. A
+                list of falling times runs the few-step sampler that re-noises between them.
             guidance: Standard guidance scale; 1 is none.
             unconditional: The other branch of guidance; the empty prompt where not given.
             generator: For the fresh noises of the few-step sampler, or of a scheduler that draws some, on the CPU.

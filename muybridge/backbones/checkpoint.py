@@ -66,7 +66,7 @@ class Checkpoint:
         """One of the directory's JSON files."""
         file = self.path.joinpath(*parts)
         try:
-            return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+            return json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UsageError(
                 f"{self.given} has no {'/'.join(parts)}",

@@ -67,9 +67,7 @@ class Wan(Backbone):
             per_frame = t if t.ndim == 2 else t[:, None].expand(-1, frames)
             t = per_frame.repeat_interleave(height * width, dim=1)
         network = self.networks[name]
-        return network(  # type: ignore[no-any-return]
-            hidden_states=latents, timestep=t, encoder_hidden_states=conditioning.text, return_dict=False
-        )[0]
+        return network(hidden_states=latents, timestep=t, encoder_hidden_states=conditioning.text, return_dict=False)[0]
 
     def _encode_prompts(self, pipeline: Any, prompts: list[str]) -> Conditioning:
         text, _ = pipeline.encode_prompt(

@@ -37,9 +37,9 @@ class Conditioning:
 
         def move(x: Tensor) -> Tensor:
             if x.is_floating_point():
-                return x.to(*args, **kwargs)  # type: ignore[call-overload, no-any-return]
+                return x.to(*args, **kwargs)  # type: ignore[call-overload]
             rest = [a for a in args if not isinstance(a, torch.dtype)]
-            return x.to(*rest, **device_only) if rest or device_only else x  # type: ignore[call-overload, no-any-return]
+            return x.to(*rest, **device_only) if rest or device_only else x  # type: ignore[call-overload]
 
         return self._map(move)
 

@@ -20,7 +20,8 @@ from muybridge.errors import UsageError
 class Denoiser(Protocol):
     """Anything that predicts from a noisy latent and a time of shape (B,)."""
 
-    def __call__(self, noisy: Tensor, t: Tensor, /) -> Tensor: ...
+    def __call__(self, noisy: Tensor, t: Tensor, /) -> Tensor:
+        """The raw prediction."""
 
 
 OnStep = Callable[[int, int, float, Tensor], None]
@@ -55,8 +56,8 @@ def few_step(
 
     Args:
         denoise: The student.
-        noise: Where it starts, standard normal. It is taken as the latent of the first step: for a schedule without zero
-            terminal SNR this is what the last training step was given too.
+        noise: Where it starts, standard normal. It is taken as the latent of the first step: even without zero
+            terminal SNR this is nearly what the last training step was given.
         schedule: The family's schedule.
         steps: Falling times, see :func:`check_steps`.
         generator: Source of the fresh noises, on the CPU.
@@ -80,7 +81,7 @@ def plain_step(
 ) -> Tensor:
     """One step of a diffusers scheduler; those that draw noise draw it from ``generator``."""
     extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    return scheduler.step(prediction, timestep, latents, return_dict=False, **extra)[0]  # type: ignore[no-any-return]
+    return scheduler.step(prediction, timestep, latents, return_dict=False, **extra)[0]
 
 
 @torch.no_grad()

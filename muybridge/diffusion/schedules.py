@@ -131,19 +131,24 @@ class FlowSchedule(NoiseSchedule):
         self.shift = float(shift)
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """``(1 - t/1000, t/1000)``."""
         sigma = P.upcast(t) / T_MAX
         return 1.0 - sigma, sigma
 
     def snap(self, t: Tensor) -> Tensor:
+        """Every time from 0 to 1000 is known."""
         return t.clamp(0.0, T_MAX)
 
     def time_of_logsnr(self, logsnr: float) -> float:
+        """``σ = 1/(1 + exp(logsnr/2))``."""
         return T_MAX / (1.0 + math.exp(min(logsnr / 2.0, 700.0)))
 
     def time_of_fraction(self, fraction: float) -> float:
+        """Equal steps before the shift."""
         return T_MAX * float(shift_level(1.0 - fraction, self.shift))
 
     def fraction_of_time(self, t: float) -> float:
+        """The inverse of :meth:`time_of_fraction`."""
         return 1.0 - float(unshift_level(t / T_MAX, self.shift))
 
 
@@ -200,19 +205,24 @@ class VPSchedule(NoiseSchedule):
         return cls(table, prediction)
 
     def snap(self, t: Tensor) -> Tensor:
+        """The nearest entry of the table."""
         return t.round().clamp(0, len(self.alphas_cumprod) - 1)
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """``(√ᾱ, √(1 - ᾱ))`` of the nearest entry."""
         table = self.alphas_cumprod.to(t.device)[self.snap(t).long()]
         dtype = torch.float64 if t.dtype == torch.float64 else torch.float32
         return table.sqrt().to(dtype), (1.0 - table).sqrt().to(dtype)
 
     def time_of_logsnr(self, logsnr: float) -> float:
+        """The entry whose ratio is nearest."""
         table = torch.log(self.alphas_cumprod) - torch.log1p(-self.alphas_cumprod)
         return float((table - logsnr).nan_to_num(nan=math.inf).abs().argmin())
 
     def time_of_fraction(self, fraction: float) -> float:
+        """Equal steps of the label."""
         return (len(self.alphas_cumprod) - 1) * (1.0 - fraction)
 
     def fraction_of_time(self, t: float) -> float:
+        """The inverse of :meth:`time_of_fraction`."""
         return 1.0 - t / (len(self.alphas_cumprod) - 1)

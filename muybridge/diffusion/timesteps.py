@@ -24,8 +24,8 @@ class TimestepSampler(ABC):
     Args:
         low: Nothing is drawn below it. The distribution is *truncated*: its mass is rescaled into the range.
         high: Nothing is drawn above it.
-        clamp: ``[low, high]`` timesteps to which drawn times are moved instead, as the published recipes of distillation
-            do (they put 9 to 14 per cent of all draws on the upper end).
+        clamp: ``[low, high]`` timesteps to which drawn times are moved instead, as the published recipes of
+            distillation do (they put 9 to 14 per cent of all draws on the upper end).
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Uniform(TimestepSampler):
 
 
 class Shifted(TimestepSampler):
-    """Uniform, then shifted towards noise by ``f_s``: the score times of distillation, and flow training at high resolution.
+    """Uniform, then shifted towards noise by ``f_s``: score times of distillation, flow training at high resolution.
 
     Args:
         shift: ``s``; the family's own sampling shift where not given.
