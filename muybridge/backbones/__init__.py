@@ -22,9 +22,11 @@ def __getattr__(name: str) -> Any:
 
 def pick_family(path: str) -> type[Backbone]:
     """The family whose pipelines include what lies at ``path``; families that users defined are found too."""
-    for name in BACKBONES:
-        __getattr__(name)
     pipeline = Checkpoint(path).pipeline_class
+    for name in BACKBONES:
+        shipped: type[Backbone] = __getattr__(name)
+        if pipeline in shipped.pipelines:
+            return shipped
     families = _families(Backbone)
     for family in families:
         if pipeline in family.pipelines:
