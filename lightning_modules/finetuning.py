@@ -97,7 +97,13 @@ class Finetuning(DiffusionModule):
         return self.backbone
 
     def check(self) -> None:
-        self.timesteps.quantile(torch.tensor([0.5]), self.backbone.schedule)
+        networks = self.backbone.networks_between(*self.timesteps.bounds(self.backbone.schedule))
+        if len(networks) > 1 and self._trainer is not None and self.trainer.world_size > 1:
+            raise UsageError(
+                f"{self.backbone.family} has {len(networks)} experts, and the time range of this job trains all of them at once",
+                "one expert a run on several ranks: ranks whose times fall to different experts would wait for each other for ever",
+                "set timesteps.low or timesteps.high at the experts' boundary, and finetune one after the other",
+            )
         if self.adapter is not None:
             check_lora(self.backbone, self.adapter)
 
@@ -112,7 +118,10 @@ class Finetuning(DiffusionModule):
                     f"a regex that matches whole names, such as {', '.join(names)}",
                 )
         else:
-            self.backbone.networks.requires_grad_(True)
+            # An expert that never works in this range would sit in the optimizer without a gradient.
+            used = self.backbone.networks_between(*self.timesteps.bounds(self.backbone.schedule))
+            for name, network in self.backbone.networks.items():
+                network.requires_grad_(name in used)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over what is trained, and its schedule per update."""

@@ -408,6 +408,10 @@ class Backbone(nn.Module, ABC):
                 found.extend(part if isinstance(part, nn.ModuleList) else [part])
         return found
 
+    def networks_between(self, low: float, high: float) -> list[str]:
+        """Names of the networks that work somewhere in a range of times (families with experts have several)."""
+        return self._present_networks()
+
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass; gradients stay the same."""
         for network in self.networks.values():

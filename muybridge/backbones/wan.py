@@ -45,6 +45,12 @@ class Wan(Backbone):
         ratio = self.checkpoint.index.get("boundary_ratio")
         return None if ratio is None or not self.checkpoint.has("transformer_2") else 1000.0 * float(ratio)
 
+    def networks_between(self, low: float, high: float) -> list[str]:
+        boundary = self.expert_boundary
+        if boundary is None:
+            return self._present_networks()
+        return [name for name, works in (("transformer", high >= boundary), ("transformer_2", low < boundary)) if works]
+
     def _forward(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         boundary = self.expert_boundary
         if boundary is None:

@@ -43,8 +43,8 @@ class TimestepSampler(ABC):
     def _share_below(self, level: float, schedule: NoiseSchedule) -> float:
         """The inverse of :meth:`_quantile`."""
 
-    def quantile(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
-        """The time below which a share ``u`` of the draws lies, as the family's network knows it."""
+    def bounds(self, schedule: NoiseSchedule) -> tuple[float, float]:
+        """The times between which all draws lie."""
         low = self.low.resolve(schedule) if self.low else 0.0
         high = self.high.resolve(schedule) if self.high else T_MAX
         if not low < high:
@@ -52,6 +52,11 @@ class TimestepSampler(ABC):
                 f"the time range is empty: it runs from {low:g} to {high:g}",
                 "low below high, on the scale 0 (clean) to 1000 (noise)",
             )
+        return low, high
+
+    def quantile(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
+        """The time below which a share ``u`` of the draws lies, as the family's network knows it."""
+        low, high = self.bounds(schedule)
         a, b = self._share_below(low / T_MAX, schedule), self._share_below(high / T_MAX, schedule)
         t = self._quantile(a + (b - a) * u.double(), schedule) * T_MAX
         if self.clamp is not None:
