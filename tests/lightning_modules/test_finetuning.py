@@ -1,0 +1,281 @@
+"""The plain job: what it draws, trains, saves, measures and exports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support.jobs import SHAPES, finetuning, latents_for, trainer
+from torch import Tensor
+
+from callbacks.samples import Samples
+from datamodules.collate import collate
+from muybridge.backbones import load
+from muybridge.backbones.adapters import LoRA
+from muybridge.batch import Batch
+from muybridge.diffusion import Boundary, Uniform
+from muybridge.errors import UsageError
+from muybridge.losses import Denoising, Loss
+
+Tiny = Callable[[str], Path]
+
+
+def weights(job: torch.nn.Module) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in job.named_parameters()}
+
+
+# -- draws ---------------------------------------------------------------------------------------------------------
+
+
+def test_draws_depend_on_seed_update_and_id_alone(tiny_checkpoint: Tiny) -> None:
+    job, shape = finetuning(tiny_checkpoint("wan")), (16, 3, 2, 2)
+    together = job.draw(Batch(ids=["a", "b"], prompts=["", ""]), shape)
+    apart = [job.draw(Batch(ids=[name], prompts=[""]), shape) for name in ("b", "a")]
+    for joint, b, a in zip(together, *apart, strict=True):
+        assert torch.equal(joint, torch.cat([a, b]))
+    job.updates = 1
+    assert not torch.equal(job.draw(Batch(ids=["a"], prompts=[""]), shape)[0], apart[1][0])
+
+
+def test_a_clip_twice_in_a_batch_is_noised_twice(tiny_checkpoint: Tiny) -> None:
+    noise, t, _ = finetuning(tiny_checkpoint("wan")).draw(Batch(ids=["a", "a"], prompts=["", ""]), (2, 2, 2, 2))
+    assert not torch.equal(noise[0], noise[1])
+    assert t[0] != t[1]
+
+
+def test_caption_dropout_has_its_share(tiny_checkpoint: Tiny) -> None:
+    job = finetuning(tiny_checkpoint("wan"), caption_dropout=0.3)
+    ids = [str(i) for i in range(2000)]
+    drop = job.draw(Batch(ids=ids, prompts=[""] * len(ids)), (1,))[2]
+    assert drop.float().mean().item() == pytest.approx(0.3, abs=4 * (0.3 * 0.7 / 2000) ** 0.5)
+
+
+# -- training ------------------------------------------------------------------------------------------------------
+
+
+def test_training_lowers_the_loss_at_fixed_noise(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    job = finetuning(tiny_checkpoint("wan"), caption_dropout=0.0)
+    data = latents_for(job, count=4, batch_size=4)
+    run = trainer(tmp_path, max_steps=30)
+    before = run.validate(job, data, verbose=False)[0]["val/loss"]
+    run.fit(job, data)
+    after = run.validate(job, data, verbose=False)[0]["val/loss"]
+    assert after < 0.95 * before
+    assert (job.updates, job.samples_seen) == (30, 120)
+
+
+def test_accumulated_micro_batches_are_the_whole_batch(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    results = []
+    for batch_size, accumulate in ((4, 1), (2, 2)):
+        job = finetuning(tiny_checkpoint("wan"))
+        run = trainer(tmp_path, max_steps=3, accumulate_grad_batches=accumulate)
+        run.fit(job, latents_for(job, count=8, batch_size=batch_size))
+        assert job.updates == 3
+        results.append(weights(job))
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], atol=2e-6, rtol=1e-5)
+
+
+def test_losses_are_summed_with_their_weights(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    job = finetuning(tiny_checkpoint("wan"), losses=[Denoising(), Denoising()], loss_weights=[1.0, 0.5])
+    once = finetuning(tiny_checkpoint("wan"))
+    assert job.loss_names == ["Denoising", "Denoising_2"]
+    values = [
+        trainer(tmp_path).validate(j, latents_for(j), verbose=False)[0]["val/loss"] for j in (job, once)
+    ]
+    assert values[0] == pytest.approx(1.5 * values[1], rel=1e-5)
+
+
+def test_validation_is_the_same_for_any_batching(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    values = []
+    for size in (1, 4):
+        job = finetuning(tiny_checkpoint("wan"), timesteps=Uniform(low=Boundary(700.0)), seed=size)
+        values.append(trainer(tmp_path).validate(job, latents_for(job, batch_size=size), verbose=False)[0])
+    assert values[0].keys() == values[1].keys() >= {"val/loss", "val/loss_t100", "val/loss_t900"}
+    for name, value in values[0].items():
+        assert value == pytest.approx(values[1][name], rel=1e-5)
+
+
+def test_a_skipped_clip_counts_for_nothing(tiny_checkpoint: Tiny) -> None:
+    job = finetuning(tiny_checkpoint("wan"))
+    job.configure_model()
+    clips = latents_for(job).train_dataset()
+    one, two = clips[0], clips[1]
+    missing = Batch(ids=two.ids, latents=torch.zeros_like(two.latents), prompts=two.prompts, present=torch.tensor([False]))
+
+    def loss(batch: Batch) -> Tensor:
+        clean = batch.latents
+        noise, t, _ = job.draw(batch, clean.shape[1:])
+        step = job.noised_forward(clean, noise, t, job.text(batch, job.backbone), batch)
+        return job.total(job.losses_of(step, batch.present))
+
+    torch.testing.assert_close(loss(collate([one, missing])), loss(one))
+    assert loss(missing).item() == 0.0
+
+
+# -- what is trained and saved -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "pattern", "count"),
+    [
+        ({}, "", 69),
+        ({"trainable": r"transformer\.blocks\.\d+\.attn1\.to_v\..*"}, "attn1.to_v", 4),
+        ({"adapter": LoRA(rank=2)}, "lora_", 8),
+    ],
+    ids=["all", "some", "adapter"],
+)
+def test_a_checkpoint_holds_what_is_trained_and_nothing_else(
+    tiny_checkpoint: Tiny, tmp_path: Path, settings: dict, pattern: str, count: int
+) -> None:
+    job = finetuning(tiny_checkpoint("wan"), **settings)
+    run = trainer(tmp_path, max_steps=2)
+    run.fit(job, latents_for(job))
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    assert len(saved["state_dict"]) == count
+    assert all(pattern in name for name in saved["state_dict"])
+    again = finetuning(tiny_checkpoint("wan"), **settings)
+    more = trainer(tmp_path, max_steps=3)
+    more.fit(again, latents_for(again), ckpt_path=tmp_path / "run.ckpt")
+    assert (again.updates, again.samples_seen) == (3, 6)
+
+
+def test_only_what_is_trained_moves(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    job = finetuning(tiny_checkpoint("wan"), trainable=r".*\.attn1\.to_v\.weight")
+    job.configure_model()
+    before = weights(job)
+    trainer(tmp_path, max_steps=2).fit(job, latents_for(job))
+    moved = {n for n, p in job.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n in before if n.endswith("attn1.to_v.weight")}
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    job = finetuning(tiny_checkpoint("wan"), adapter=LoRA(rank=2))
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(job, latents_for(job))
+    run.save_checkpoint(tmp_path / "adapter.ckpt")
+    full = finetuning(tiny_checkpoint("wan"))
+    with pytest.raises(UsageError, match="same adapter"):
+        trainer(tmp_path, max_steps=2).fit(full, latents_for(full), ckpt_path=tmp_path / "adapter.ckpt")
+
+
+def test_an_experts_range_trains_that_expert_alone(tiny_checkpoint: Tiny) -> None:
+    job = finetuning(tiny_checkpoint("wan22"), "wan22", timesteps=Uniform(low=Boundary(875.0)))
+    job.configure_model()
+    trained = {n.split(".")[2] for n, p in job.named_parameters() if p.requires_grad}
+    assert trained == {"transformer"}
+
+
+# -- videos and exports --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox", "latte", "unet3d"])
+def test_the_exported_pipeline_is_the_trained_model(tiny_checkpoint: Tiny, tmp_path: Path, name: str) -> None:
+    job = finetuning(tiny_checkpoint(name), name)
+    trainer(tmp_path, max_steps=2).fit(job, latents_for(job, name))
+    job.export(str(tmp_path / "out"))
+    exported = load(str(tmp_path / "out"), max_text_length=job.backbone.max_text_length)
+    assert exported.checkpoint.pipeline_class == job.backbone.checkpoint.pipeline_class
+    noise = job.noise_for(["x"], job.sampling)
+    text = exported.encode_text(["a dog"])
+    trained = job.backbone.eval().sample(noise, text, steps=2)
+    assert torch.equal(exported.sample(noise, text, steps=2), trained)
+    base = load(str(tiny_checkpoint(name)), max_text_length=job.backbone.max_text_length)
+    assert not torch.allclose(base.sample(noise, text, steps=2), trained, atol=1e-5)
+
+
+def test_predict_writes_every_clip_and_is_a_function_of_its_id(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    from muybridge.video import frame_count, read_frames
+
+    frames = []
+    for run in ("a", "b"):
+        job = finetuning(tiny_checkpoint("wan"))
+        data = latents_for(job)
+        trainer(tmp_path / run, callbacks=[Samples()]).predict(job, data, return_predictions=False)
+        files = sorted((tmp_path / run / "predictions").glob("*.mp4"))
+        assert [f.stem for f in files] == ["clip-000", "clip-001"]
+        assert frame_count(files[0]) == SHAPES["wan"][0]
+        frames.append(read_frames(files[0], range(9)))
+    assert (frames[0] == frames[1]).all()
+
+
+def test_samples_appear_at_their_updates(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    job = finetuning(tiny_checkpoint("wan"))
+    samples = Samples(prompts=["a dog", "a cat"], every=2, at_start=True)
+    trainer(tmp_path, max_steps=4, callbacks=[samples]).fit(job, latents_for(job))
+    folders = sorted((tmp_path / "samples").iterdir())
+    assert [f.name for f in folders] == ["update-0000000", "update-0000002", "update-0000004"]
+    assert sorted(p.name for p in folders[0].iterdir()) == ["00.mp4", "01.mp4", "sheet.png"]
+
+
+def test_sampling_does_not_change_training(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    results = []
+    for callbacks in ([], [Samples(prompts=["a dog"], every=1)]):
+        job = finetuning(tiny_checkpoint("wan"))
+        trainer(tmp_path, max_steps=3, callbacks=callbacks).fit(job, latents_for(job))
+        results.append(weights(job))
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------
+
+
+class Scalar(Loss):
+    """A loss that forgot the batch."""
+
+    def forward(self, step: object) -> Tensor:
+        return torch.zeros(())
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"losses": []}, "at least one loss"),
+        ({"loss_weights": [1.0, 2.0]}, "one weight for each loss"),
+        ({"caption_dropout": 1.0}, "share from 0"),
+        ({"validation_quantiles": [0.0]}, "between 0 and 1"),
+        ({"adapter": LoRA(), "trainable": ".*"}, "one of them"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_at_once(tiny_checkpoint: Tiny, settings: dict, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        finetuning(tiny_checkpoint("wan"), **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"trainable": "nothing"}, "matches no parameter"),
+        ({"timesteps": Uniform(low=Boundary(900.0), high=Boundary(0.5, "sigma"))}, "range is empty"),
+        ({"adapter": LoRA(targets="blocks.*to_w")}, "hits no linear layer"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused_before_training(tiny_checkpoint: Tiny, settings: dict, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        finetuning(tiny_checkpoint("wan"), **settings).configure_model()
+
+
+def test_low_precision_weights_are_not_trained(tiny_checkpoint: Tiny) -> None:
+    from muybridge.backbones import Pretrained
+
+    job = finetuning(tiny_checkpoint("wan"), backbone=Pretrained(str(tiny_checkpoint("wan")), dtype="bfloat16"))
+    with pytest.raises(UsageError, match="float32"):
+        job.configure_model()
+
+
+def test_a_loss_that_reduced_the_batch_is_named(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    job = finetuning(tiny_checkpoint("wan"), losses=[Scalar()])
+    with pytest.raises(UsageError, match=r"Scalar returned shape \(\)"):
+        trainer(tmp_path, max_steps=1).fit(job, latents_for(job))
+
+
+def test_export_refuses_to_overwrite(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    job = finetuning(tiny_checkpoint("wan"))
+    job.configure_model()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("keep")
+    with pytest.raises(UsageError, match="not empty"):
+        job.export(str(tmp_path / "out"))
