@@ -5,6 +5,8 @@ A test holds this table against the classes themselves, so nothing can be added 
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple
+
 BACKBONES: dict[str, str] = {
     "Wan": "muybridge.backbones.wan",
     "CogVideoX": "muybridge.backbones.cogvideox",
@@ -36,3 +38,30 @@ CALLBACKS: dict[str, str] = {
     "Samples": "callbacks.samples",
     "Preemption": "callbacks.preemption",
 }
+
+
+class Verb(NamedTuple):
+    """What the command can do.
+
+    Args:
+        help: One line for ``muybridge --help``.
+        kind: ``loop`` is a loop of Lightning's Trainer. ``job`` acts on a model that a config describes: the function in
+            ``muybridge/cli/verbs/<name>.py`` becomes a method of the Trainer and takes ``-c`` like the loops. ``tool`` needs
+            no model: the function's parameters are all its options.
+    """
+
+    help: str
+    kind: Literal["loop", "job", "tool"]
+
+
+VERBS: dict[str, Verb] = {
+    "fit": Verb("train what a config describes", "loop"),
+    "validate": Verb("measure the validation loss of a checkpoint", "loop"),
+    "test": Verb("measure the loss on the test clips", "loop"),
+    "predict": Verb("make videos", "loop"),
+    "export": Verb("turn a checkpoint into a diffusers pipeline, or into adapter files", "job"),
+    "consolidate": Verb("turn a sharded checkpoint folder into one file", "tool"),
+    "tiny": Verb("write a tiny checkpoint with random weights, or toy clips, to try things on", "tool"),
+    "list": Verb("list what ships: verbs, backbones, losses, modules, datamodules, callbacks, tiny, configs", "tool"),
+}
+"""Name of every verb; those of Lightning are methods of its Trainer, the others live in ``muybridge/cli/verbs``."""

@@ -1,0 +1,111 @@
+"""What ``--ckpt_path`` means: a file, a sharded folder, ``last`` or ``best``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from muybridge.errors import UsageError, nearest
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether this is a checkpoint file, or a folder of shards (which has a ``.metadata`` or a ``meta.pt``)."""
+    if path.is_dir():
+        return (path / ".metadata").is_file() or (path / "meta.pt").is_file()
+    return path.is_file() and path.suffix == ".ckpt"
+
+
+def folders(trainer: Any) -> list[Path]:
+    """Where this configuration's checkpoints lie: the ``dirpath`` of each ModelCheckpoint, else all below the run's folder."""
+    named = [Path(c.dirpath) for c in trainer.checkpoint_callbacks if getattr(c, "dirpath", None)]
+    return named or [Path(trainer.default_root_dir)]
+
+
+def written(places: Sequence[Path]) -> list[Path]:
+    """All checkpoints in or below some folders, oldest first."""
+    found = {p for place in places if place.is_dir() for p in place.rglob("*.ckpt") if is_checkpoint(p)}
+    return sorted(found, key=lambda p: (p.stat().st_mtime_ns, str(p)))
+
+
+def resolve(given: Optional[str], trainer: Any, resuming: bool = False) -> Optional[str]:
+    """The checkpoint that was asked for.
+
+    Lightning looks for ``last`` only where this very run would write, knows ``best`` only within the process that trained,
+    and starts from nothing where it finds none. Here both mean what earlier runs of the same configuration left.
+
+    Args:
+        given: What the user wrote.
+        trainer: Whose callbacks say where checkpoints lie.
+        resuming: In ``fit``, ``last`` before the first checkpoint means the beginning, so that one command line both starts
+            a run and continues it.
+    """
+    if given is None:
+        return None
+    if given not in ("last", "best"):
+        return _existing(given)
+    places = folders(trainer)
+    found = written(places)
+    if not found:
+        where = ", ".join(map(str, places))
+        if given == "last" and resuming:
+            print(f"ckpt_path last: no checkpoint in {where} yet, starting from the beginning", flush=True)
+            return None
+        raise UsageError(
+            f"ckpt_path {given}: no checkpoint in {where}", "a run that has written one", "give the path of a file"
+        )
+    chosen = found[-1] if given == "last" else _best(found)
+    print(f"ckpt_path {given}: {chosen}", flush=True)
+    return str(chosen)
+
+
+def _existing(given: str) -> str:
+    path = Path(given).expanduser()
+    if is_checkpoint(path):
+        return str(path)
+    if path.is_dir():
+        inside = written([path])
+        hint = f"did you mean {inside[-1]}?" if inside else ""
+        raise UsageError(
+            f"ckpt_path {given} is a folder without shards", "a .ckpt file, or a folder that a sharded run wrote", hint
+        )
+    if path.is_file():
+        raise UsageError(
+            f"ckpt_path {given} is no .ckpt file",
+            "a checkpoint that fit wrote",
+            "export reads .ckpt, diffusers folders go into the backbone's path",
+        )
+    beside = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
+    hits = nearest(given, beside)
+    raise UsageError(
+        f"ckpt_path {given} does not exist",
+        "a .ckpt file, a sharded checkpoint folder, last or best",
+        f"did you mean {' or '.join(hits)}?" if hits else f"relative paths are looked up from {Path.cwd()}",
+    )
+
+
+def _best(found: Sequence[Path]) -> Path:
+    """The best by the monitored value, as the newest checkpoint remembers it."""
+    import torch
+
+    newest = found[-1]
+    file = newest / "meta.pt" if newest.is_dir() else newest
+    states = torch.load(file, map_location="cpu", weights_only=True, mmap=True).get("callbacks", {})
+    best = [
+        Path(s["best_model_path"])
+        for s in states.values()
+        if isinstance(s, dict) and s.get("best_model_path") and s.get("monitor")
+    ]
+    if not best:
+        raise UsageError(
+            f"ckpt_path best: the run of {newest} did not watch a value",
+            "a ModelCheckpoint with monitor, such as val/loss",
+            "use last, or the path of a file",
+        )
+    # The run's folder may have been moved since.
+    for candidate in (best[0], newest.parent / best[0].name):
+        if is_checkpoint(candidate):
+            return candidate
+    raise UsageError(
+        f"ckpt_path best: {best[0]} is gone", "the file the run noted as its best", "use last, or the path of a file"
+    )

@@ -1,0 +1,218 @@
+"""Verbs that act on a model a config describes, through LightningCLI."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Optional, TypeVar
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import muybridge
+from muybridge import registry
+from muybridge.cli import checkpoints, places
+from muybridge.cli.files import Config, classes_beside
+from muybridge.cli.front import INTERRUPTED, rank
+from muybridge.cli.parser import ShortErrors
+from muybridge.cli.tools import verb_function
+from muybridge.errors import UsageError
+
+T = TypeVar("T")
+
+
+class Trainer(pl.Trainer):
+    """Lightning's Trainer, which can also do something else than a loop with a model it has set up."""
+
+    _instead: Optional[Callable[[], Any]] = None
+
+    def run_with(self, model: pl.LightningModule, function: Callable[[], T], ckpt_path: Optional[str] = None) -> T:
+        """Set up strategy, callbacks and model, load the checkpoint, and call ``function`` in place of the loop.
+
+        Args:
+            model: What is set up.
+            function: What is done with it. Under a strategy with several processes every one calls it.
+            ckpt_path: Checkpoint to load first.
+        """
+        results: list[T] = []
+        self._instead = lambda: results.append(function())
+        try:
+            self.predict(model, dataloaders=[], ckpt_path=ckpt_path, return_predictions=False)
+        finally:
+            self._instead = None
+        return results[0]
+
+    def _run_stage(self) -> Any:
+        return super()._run_stage() if self._instead is None else self._instead()
+
+
+class Parser(ShortErrors, LightningArgumentParser):
+    """LightningCLI's parser with short errors."""
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` into the run's folder: what was built, without the options of the verb.
+
+    So the file serves every verb, and running it again does not load a checkpoint by itself.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, **kwargs: Any) -> None:
+        config = config.clone()
+        for key in [k for k in config if k not in ("seed_everything", "trainer", "model", "data")]:
+            del config[key]
+        super().__init__(parser, config, overwrite=True, **kwargs)
+
+
+class CLI(LightningCLI):
+    """One verb of the command.
+
+    Args:
+        verb: Which.
+        arguments: What follows it on the command line, with config names resolved.
+        configs: The config files among them.
+    """
+
+    def __init__(self, verb: str, arguments: list[str], configs: Sequence[Config]) -> None:
+        self.verb, self.configs = verb, configs
+        self.is_loop = registry.VERBS[verb].kind == "loop"
+        self.trainer_settings: dict[str, Any] = {}
+        self.takes_data = True
+        if not self.is_loop:
+            function = verb_function(verb)
+            self.takes_data = "datamodule" in inspect.signature(function).parameters
+            self.trainer_settings = getattr(importlib.import_module(function.__module__), "TRAINER", {})
+            setattr(Trainer, verb, function)
+        super().__init__(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            save_config_callback=SaveConfig if verb == "fit" else None,
+            trainer_class=Trainer,
+            seed_everything_default=0,
+            parser_kwargs={"allow_abbrev": False, "default_env": True, "env_prefix": "MUYBRIDGE"},
+            parser_class=Parser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=[verb, *arguments],
+            auto_configure_optimizers=False,
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The one verb that was asked for: building the parsers of all takes four times as long."""
+        return {self.verb: {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser that knows the config files."""
+        parser = super().init_parser(**kwargs, dump_header=[f"muybridge {muybridge.__version__}"])
+        assert isinstance(parser, Parser)
+        parser.configs = self.configs
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; without Lightning's warning about arguments given by a caller."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would let hyperparameters stored in a checkpoint win over the config and the command line."""
+
+    def before_instantiate_classes(self) -> None:
+        """A verb that takes no data builds none: an export needs no clips on the machine."""
+        if not self.takes_data:
+            self.config[self.verb].pop("data", None)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """The Trainer; what it refuses is the user's to mend."""
+        try:
+            return super().instantiate_trainer(**{**kwargs, **self.trainer_settings})
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(f"trainer: {error}") from error
+
+    def after_instantiate_classes(self) -> None:
+        """Everything that can be checked now is: before other processes start and before weights load."""
+        check = getattr(self.model, "check", None)
+        if callable(check):
+            check()
+        chosen = self.config_init[self.verb]
+        if chosen.get("ckpt_path") is not None:
+            chosen["ckpt_path"] = checkpoints.resolve(chosen["ckpt_path"], self.trainer, resuming=self.verb == "fit")
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if not self.takes_data:
+            kwargs.pop("datamodule", None)
+        return kwargs
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except MisconfigurationException as error:
+            raise UsageError(str(error)) from error
+        except SystemExit as leaving:
+            # Lightning turns Ctrl-C into exit code 1, after saying so itself.
+            if self.trainer.interrupted:
+                raise SystemExit(INTERRUPTED) from leaving
+            raise
+
+
+def run_job(verb: str, arguments: list[str]) -> int:
+    """Parse and run."""
+    arguments, files = resolve_configs(verb, arguments)
+    places.append_to_path([*(f.parent for f in files), Path.cwd()])
+    configs = [Config(f) for f in files]
+    import_known()
+    import_named(configs, arguments)
+    try:
+        CLI(verb, arguments, configs)
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else 1 if leaving.code else 0
+    return 0
+
+
+def resolve_configs(verb: str, arguments: list[str]) -> tuple[list[str], list[Path]]:
+    """The arguments with every ``-c`` pointing at a file, and these files."""
+    result, files = [], []
+    named = os.environ.get(f"MUYBRIDGE_{verb.upper()}__CONFIG")
+    if named:
+        files.append(places.find_config(named))
+    waiting = iter(arguments)
+    for argument in waiting:
+        match = re.fullmatch(r"(?:(?:-c|--config)|-c=?(.+)|--config=(.+))", argument, re.DOTALL)
+        if not match or (argument.startswith("--") and not argument.startswith("--config")):
+            result.append(argument)
+            continue
+        given = match.group(1) or match.group(2) or next(waiting, None)
+        if given is None:
+            raise UsageError(f"{argument} without a file", "-c FILE", "muybridge list configs")
+        file = places.find_config(given)
+        if file != Path(given).expanduser() and rank() == 0:
+            print(f"config {given}: {file}", file=sys.stderr)
+        files.append(file)
+        result.append(f"--config={file}")
+    return result, files
+
+
+def import_known() -> None:
+    """Import every module of the registry: jsonargparse knows a short class name once its class exists."""
+    tables = (registry.BACKBONES, registry.LOSSES, registry.MODULES, registry.DATAMODULES, registry.CALLBACKS)
+    for module in {module for table in tables for module in table.values()}:
+        importlib.import_module(module)
+    importlib.import_module("lightning_modules")
+
+
+def import_named(configs: Sequence[Config], arguments: Sequence[str]) -> None:
+    """Import the user's files that define a class that is named without its module.
+
+    Only those: a folder may hold scripts that do things when imported.
+    """
+    wanted = {name for config in configs for name in config.class_names()}
+    wanted |= {m.group(1) for a in arguments if (m := re.fullmatch(r"(?:--[\w.+-]+=)?([A-Za-z_]\w*)", a))}
+    for file, defined in classes_beside(config.path for config in configs):
+        if wanted.intersection(defined):
+            importlib.import_module(file.stem)
