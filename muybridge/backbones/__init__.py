@@ -27,7 +27,7 @@ def pick_family(path: str) -> type[Backbone]:
         shipped: type[Backbone] = __getattr__(name)
         if pipeline in shipped.pipelines:
             return shipped
-    families = _families(Backbone)
+    families = _families(Backbone)  # type: ignore[type-abstract]
     for family in families:
         if pipeline in family.pipelines:
             return family

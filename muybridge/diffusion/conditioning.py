@@ -63,8 +63,12 @@ class Conditioning:
 
         def join(name: str) -> Optional[Tensor]:
             values = [getattr(part, name) for part in parts]
-            if any(v is None for v in values):
+            if all(v is None for v in values):
                 return None
+            if any(v is None for v in values):
+                raise ValueError(
+                    f"some of {len(values)} conditionings have a {name} and some have none: expected one kind"
+                )
             if name != "pooled":
                 values = [
                     torch.cat([v, v.new_zeros(v.shape[0], length - v.shape[1], *v.shape[2:])], 1)
@@ -74,9 +78,14 @@ class Conditioning:
                 ]
             return torch.cat(values)
 
-        text = join("text")
+        text, mask = join("text"), join("mask")
         assert text is not None
-        return Conditioning(text, join("mask"), join("pooled"))
+        if mask is None and any(part.text.shape[1] != length for part in parts):
+            raise ValueError(
+                f"texts of {sorted({part.text.shape[1] for part in parts})} tokens without masks: expected one length, "
+                "since the network would attend to the padding"
+            )
+        return Conditioning(text, mask, join("pooled"))
 
     @staticmethod
     def where(choose: Tensor, yes: Conditioning, no: Conditioning) -> Conditioning:

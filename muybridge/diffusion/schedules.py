@@ -67,6 +67,10 @@ class NoiseSchedule(ABC):
         """The nearest time the family's network knows (variance-preserving families know the integers 0..999)."""
 
     @abstractmethod
+    def settle(self, t: Tensor) -> Tensor:
+        """The known time that a number drawn from [0, 1000) stands for: a label stands for the unit above it."""
+
+    @abstractmethod
     def time_of_logsnr(self, logsnr: float) -> float:
         """The time whose ``log(α²/σ²)`` is ``logsnr``, clamped to the ends of the schedule."""
 
@@ -139,6 +143,10 @@ class FlowSchedule(NoiseSchedule):
         """Every time from 0 to 1000 is known."""
         return t.clamp(0.0, T_MAX)
 
+    def settle(self, t: Tensor) -> Tensor:
+        """Every time from 0 to 1000 is known."""
+        return self.snap(t)
+
     def time_of_logsnr(self, logsnr: float) -> float:
         """``σ = 1/(1 + exp(logsnr/2))``."""
         return T_MAX / (1.0 + math.exp(min(logsnr / 2.0, 700.0)))
@@ -149,7 +157,7 @@ class FlowSchedule(NoiseSchedule):
 
     def fraction_of_time(self, t: float) -> float:
         """The inverse of :meth:`time_of_fraction`."""
-        return 1.0 - float(unshift_level(t / T_MAX, self.shift))
+        return max(1.0 - float(unshift_level(t / T_MAX, self.shift)), 0.0)
 
 
 class VPSchedule(NoiseSchedule):
@@ -208,6 +216,10 @@ class VPSchedule(NoiseSchedule):
         """The nearest entry of the table."""
         return t.round().clamp(0, len(self.alphas_cumprod) - 1)
 
+    def settle(self, t: Tensor) -> Tensor:
+        """The entry below, so that uniform numbers make all entries equally likely."""
+        return t.floor().clamp(0, len(self.alphas_cumprod) - 1)
+
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """``(√ᾱ, √(1 - ᾱ))`` of the nearest entry."""
         table = self.alphas_cumprod.to(t.device)[self.snap(t).long()]
@@ -217,7 +229,10 @@ class VPSchedule(NoiseSchedule):
     def time_of_logsnr(self, logsnr: float) -> float:
         """The entry whose ratio is nearest."""
         table = torch.log(self.alphas_cumprod) - torch.log1p(-self.alphas_cumprod)
-        return float((table - logsnr).nan_to_num(nan=math.inf).abs().argmin())
+        # The last entry may be -inf, and so may be what is asked for: their difference would be no number.
+        if logsnr <= float(table[-1]):
+            return float(len(table) - 1)
+        return 0.0 if logsnr >= float(table[0]) else float((table - logsnr).abs().argmin())
 
     def time_of_fraction(self, fraction: float) -> float:
         """Equal steps of the label."""
@@ -225,4 +240,4 @@ class VPSchedule(NoiseSchedule):
 
     def fraction_of_time(self, t: float) -> float:
         """The inverse of :meth:`time_of_fraction`."""
-        return 1.0 - t / (len(self.alphas_cumprod) - 1)
+        return 1.0 - min(t / (len(self.alphas_cumprod) - 1), 1.0)

@@ -47,11 +47,6 @@ class TimestepSampler(ABC):
         """The times between which all draws lie."""
         low = self.low.resolve(schedule) if self.low else 0.0
         high = self.high.resolve(schedule) if self.high else T_MAX
-        if not low < high:
-            raise UsageError(
-                f"the time range is empty: it runs from {low:g} to {high:g}",
-                "low below high, on the scale 0 (clean) to 1000 (noise)",
-            )
         return low, high
 
     def quantile(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
@@ -61,11 +56,25 @@ class TimestepSampler(ABC):
         t = self._quantile(a + (b - a) * u.double(), schedule) * T_MAX
         if self.clamp is not None:
             t = t.clamp(*self.clamp)
-        snapped = schedule.snap(t.float())
         # Rounding must not leave the range, or a gated adapter would be trained where it is never applied.
-        inside = schedule.snap(torch.tensor([math.ceil(low), math.floor(high)], dtype=torch.float32))
-        snapped = torch.where(snapped < low, inside[0], snapped)
-        return torch.where(snapped > high, inside[1], snapped)
+        first, last = self._known_ends(low, high, schedule)
+        return schedule.settle(t.float()).clamp(first, last)
+
+    def _known_ends(self, low: float, high: float, schedule: NoiseSchedule) -> tuple[float, float]:
+        """The first and the last time of the range that the family's network knows."""
+
+        def known(t: float) -> float:
+            return float(schedule.snap(torch.tensor(t, dtype=torch.float64)))
+
+        # Rounding to the nearest may go outwards; rounding inwards may still find nothing there.
+        first = known(low) if known(low) >= low else known(math.ceil(low))
+        last = known(high) if known(high) <= high else known(math.floor(high))
+        if not (low < high and low <= first <= last <= high):
+            raise UsageError(
+                f"the time range is empty: it runs from {low:g} to {high:g}",
+                "low below high, from 0 (clean) to 1000 (noise), with a time between them that the network knows",
+            )
+        return first, last
 
     def sample(self, count: int, schedule: NoiseSchedule, generator: Optional[torch.Generator] = None) -> Tensor:
         """``count`` draws."""
