@@ -413,9 +413,11 @@ class Backbone(nn.Module, ABC):
         return self._present_networks()
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward pass; gradients stay the same."""
+        """Recompute activations in the backward pass; gradients stay the same, whatever happens to adapters in between."""
+        from muybridge.backbones.gates import recompute
+
         for network in self.networks.values():
-            network.enable_gradient_checkpointing()  # type: ignore[operator]
+            network.enable_gradient_checkpointing(recompute)  # type: ignore[operator]
 
     def motion_projections(self, which: Sequence[Projection] = ("v", "o")) -> str:
         """Full-match regex of the chosen projections of the motion-carrying attention."""

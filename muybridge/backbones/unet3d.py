@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from muybridge.backbones.base import Geometry
+from muybridge.backbones.gates import same_switches
 from muybridge.backbones.stable_diffusion import ClipText
 from muybridge.diffusion.conditioning import Conditioning
 
@@ -25,7 +26,7 @@ def _recomputing(cls: type[nn.Module]) -> type[nn.Module]:
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
-            return checkpoint(cls.forward, self, *args, use_reentrant=False, **kwargs)
+            return checkpoint(cls.forward, self, *args, use_reentrant=False, context_fn=same_switches(self), **kwargs)
         return cls.forward(self, *args, **kwargs)
 
     return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "recomputes": True})
