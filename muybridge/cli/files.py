@@ -47,7 +47,7 @@ class Config:
         except yaml.YAMLError as error:
             raise UsageError(f"{path}: {error}".splitlines()[0], "valid YAML") from error
         if not isinstance(self.root, yaml.MappingNode):
-            what = "is empty" if self.root is None else f"holds no mapping at its top"
+            what = "is empty" if self.root is None else "holds no mapping at its top"
             raise UsageError(
                 f"{path} {what}", "keys such as model:, data: and trainer:", "muybridge list configs shows examples"
             )
