@@ -1,0 +1,443 @@
+"""Latents and text embeddings made once: a folder that stands in for VAE, text encoder and videos in training.
+
+A cache holds columns, each a folder of shards (:mod:`muybridge.data.shards`) with a manifest that says what its rows depend on::
+
+    cache/
+      latents/  manifest.json  000000.safetensors  000000.parquet  ...   one row a clip
+      text/     ...                                                      one row a distinct caption, and the empty one
+      weights/  ...                                                      motion weights, where something added them
+
+Columns know nothing of one another, so another kind is added to a cache without touching what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from muybridge.backbones.base import Backbone
+from muybridge.batch import Batch
+from muybridge.data.clips import Clip
+from muybridge.data.content import content_key, latents_key, size_of_key, text_encoder_key, text_key
+from muybridge.data.shards import ShardReader, ShardWriter, find_broken, remove, sweep
+from muybridge.diffusion.conditioning import Conditioning
+from muybridge.errors import UsageError
+
+FORMAT = 1
+"""Of the whole layout; a cache of another number is refused."""
+UNCONDITIONAL = "unconditional"
+"""Reserved name, in the text column, of what :meth:`Backbone.unconditional` gives; ``unconditional:`` and a text's key for
+negative prompts."""
+
+COLUMNS: dict[str, pa.Schema] = {
+    "latents": pa.schema(
+        [
+            ("position", pa.int64()),
+            ("caption", pa.string()),
+            ("caption_hash", pa.string()),
+            ("frames", pa.int32()),
+            ("height", pa.int32()),
+            ("width", pa.int32()),
+            ("fps", pa.float64()),
+            ("source", pa.string()),
+            ("error", pa.string()),
+        ]
+    ),
+    "text": pa.schema([("text", pa.string()), ("length", pa.int32())]),
+    "weights": pa.schema([]),
+}
+"""What a cache can hold, and the index columns of each kind. ``position`` is the clip's place in its source; ``source`` the
+content key of its file; ``error`` why there are no latents of it."""
+
+Section = Literal["encoder", "preprocessing"]
+Key = Mapping[str, Any]
+
+
+def unconditional_name(negative_prompt: str = "") -> str:
+    """Name of the unconditional branch in the text column."""
+    return f"{UNCONDITIONAL}:{text_key(negative_prompt)}" if negative_prompt else UNCONDITIONAL
+
+
+# -- manifests -----------------------------------------------------------------------------------------------------------------
+
+
+def _plain(key: Key) -> dict[str, Any]:
+    """As it comes back from a file, so that tuples equal lists."""
+    return json.loads(json.dumps(dict(key)))
+
+
+def check_same(what: str, made: Key, wanted: Key, todo: str) -> None:
+    """Refuse to go on under other settings than something was made with, naming each that differs and both its values."""
+    made, wanted = _plain(made), _plain(wanted)
+    fields = [name for name in dict.fromkeys([*made, *wanted]) if made.get(name) != wanted.get(name)]
+    if fields:
+        said = "; ".join(f"{name} is {made.get(name)!r} there and {wanted.get(name)!r} here" for name in fields)
+        raise UsageError(f"{what} made under other settings: {said}", "the same settings", f"set them back, or {todo}")
+
+
+def check_key(cache: Path, made: Key, wanted: Key) -> None:
+    """Refuse a cache made under other settings."""
+    check_same(f"the cache {cache} was", made, wanted, "make another cache: muybridge cache --out ANOTHER")
+
+
+def read_manifest(column: Path) -> dict[str, Any]:
+    """A column's manifest."""
+    file = column / "manifest.json"
+    if not file.is_file():
+        raise UsageError(f"{column} has no manifest.json", "a folder that `muybridge cache` wrote", "check the path")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(
+            f"{file} can't be read ({error})", "the manifest as it was written", "make the cache again"
+        ) from error
+    if manifest.get("format") != FORMAT:
+        raise UsageError(
+            f"{column} is a cache of format {manifest.get('format')}", f"format {FORMAT}", "make the cache again"
+        )
+    return manifest
+
+
+def open_column(
+    cache: str | Path, name: str, encoder: Key, preprocessing: Optional[Key] = None, **options: Any
+) -> ShardWriter:
+    """A writer into a column of a cache, new or begun by an earlier run under the same settings.
+
+    What broke since is dropped, to be made again. Several ranks may call it at once.
+
+    Args:
+        cache: Folder of the cache.
+        name: One of the keys of ``COLUMNS``.
+        encoder: What made the rows.
+        preprocessing: What was done to a clip before.
+        options: Further arguments of :class:`~muybridge.data.shards.ShardWriter`.
+    """
+    folder = Path(cache) / name
+    if (folder / "manifest.json").exists():
+        manifest = read_manifest(folder)
+        check_key(Path(cache), manifest["preprocessing"], preprocessing or {})
+        check_key(Path(cache), manifest["encoder"], encoder)
+    elif folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
+        raise UsageError(
+            f"{folder} exists and is no cache", "a new or empty folder, or a cache", "choose another --out"
+        )
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {
+            "format": FORMAT,
+            "column": name,
+            "encoder": _plain(encoder),
+            "preprocessing": _plain(preprocessing or {}),
+        }
+        temporary = folder / f".manifest.{os.getpid()}"
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, folder / "manifest.json")
+    sweep(folder)
+    remove(folder, find_broken(folder))
+    return ShardWriter(folder, COLUMNS[name], **options)
+
+
+# -- reading -------------------------------------------------------------------------------------------------------------------
+
+
+class Cache:
+    """A cache on disk, opened for reading. Worker processes may share it.
+
+    Args:
+        path: Folder that ``muybridge cache`` wrote.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise UsageError(
+                f"cache {path} does not exist",
+                "a folder that `muybridge cache` wrote",
+                f"relative paths are looked up from {Path.cwd()}",
+            )
+        self.columns = [name for name in COLUMNS if (self.path / name).is_dir()]
+        if not self.columns:
+            raise UsageError(
+                f"{path} is no cache", f"a folder with {' or '.join(COLUMNS)} in it", "muybridge cache writes one"
+            )
+        self.manifests = {name: read_manifest(self.path / name) for name in self.columns}
+
+    def _column(self, name: str) -> ShardReader:
+        if name not in self.columns:
+            raise UsageError(
+                f"the cache {self.path} holds {', '.join(self.columns)}",
+                f"{name} as well",
+                "run `muybridge cache` on it again to add them",
+            )
+        return ShardReader(self.path / name)
+
+    @cached_property
+    def latents(self) -> ShardReader:
+        """Latents by clip id."""
+        return self._column("latents")
+
+    @cached_property
+    def texts(self) -> ShardReader:
+        """Text embeddings by key of the text."""
+        return self._column("text")
+
+    @cached_property
+    def weights(self) -> ShardReader:
+        """Motion weights by clip id."""
+        return self._column("weights")
+
+    @cached_property
+    def bad(self) -> dict[str, str]:
+        """Clips of the source that could not be read, and why."""
+        table = self.latents.table
+        return (
+            {i: e for i, e in zip(table["id"].to_pylist(), table["error"].to_pylist(), strict=True) if e is not None}
+            if len(table)
+            else {}
+        )
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Ids of the clips that are there, in the order of their source."""
+        table = self.latents.table
+        if not len(table):
+            return []
+        rows = zip(table["position"].to_pylist(), table["id"].to_pylist(), table["error"].to_pylist(), strict=True)
+        return [i for _, i, error in sorted(rows, key=lambda row: row[:2]) if error is None]
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """How the clips were cut and framed."""
+        return dict(self.manifests["latents"]["preprocessing"]) if "latents" in self.manifests else {}
+
+    # -- is it the one that is wanted? -----------------------------------------------------------------------------
+
+    def check_preprocessing(self, wanted: Key) -> None:
+        """Refuse latents of clips that were cut or framed otherwise."""
+        check_key(self.path, self.preprocessing, wanted)
+
+    def check_backbone(self, backbone: Backbone) -> None:
+        """Refuse latents and text embeddings that another model made, or this one under other settings."""
+        if "latents" in self.columns:
+            check_key(self.path, self.manifests["latents"]["encoder"], latents_key(backbone))
+        if "text" in self.columns:
+            check_key(self.path, self.manifests["text"]["encoder"], text_encoder_key(backbone))
+
+    def check_clips(self, clips: Sequence[Clip]) -> None:
+        """Refuse a cache that lacks clips of a source, or holds them as their files or captions were before."""
+        absent = [c.id for c in clips if c.id not in self.latents]
+        if absent:
+            raise UsageError(
+                f"the cache {self.path} lacks {len(absent)} of {len(clips)} clips, such as {', '.join(absent[:3])}",
+                "every clip of the source",
+                "run `muybridge cache` again: it encodes what is missing",
+            )
+        sizes: dict[Path, int] = {}
+        stale = []
+        for clip in clips:
+            source, caption, error = self.latents.info(clip.id, "source", "caption", "error")
+            if error is not None:
+                continue
+            if clip.path not in sizes:
+                sizes[clip.path] = clip.path.stat().st_size if clip.path.is_file() else -1
+            if sizes[clip.path] not in (-1, size_of_key(source)):
+                stale.append(f"{clip.id} (its file)")
+            elif (clip.caption or "") != caption:
+                stale.append(f"{clip.id} (its caption)")
+        if stale:
+            raise UsageError(
+                f"{len(stale)} of {len(clips)} clips changed since {self.path} was made, such as {', '.join(stale[:3])}",
+                "clips as they were encoded",
+                "run `muybridge cache` again: it encodes what changed",
+            )
+
+    # -- rows ------------------------------------------------------------------------------------------------------
+
+    def has_text(self, text: str) -> bool:
+        """Whether a text's embedding is there."""
+        return text_key(text) in self.texts
+
+    def text(self, text: str) -> Conditioning:
+        """The embedding of one text, exactly as the text encoder gave it."""
+        return self._conditioning(text_key(text), text)
+
+    def unconditional(self, negative_prompt: str = "") -> Conditioning:
+        """The conditioning of the unconditional branch."""
+        return self._conditioning(unconditional_name(negative_prompt), negative_prompt)
+
+    @property
+    def negative_prompts(self) -> list[str]:
+        """Texts whose unconditional branch is there; the empty one among them."""
+        names, texts = self.texts.table["id"].to_pylist(), self.texts.table["text"].to_pylist()
+        return [text for name, text in zip(names, texts, strict=True) if name.partition(":")[0] == UNCONDITIONAL]
+
+    def _conditioning(self, name: str, text: str) -> Conditioning:
+        if name not in self.texts:
+            raise UsageError(
+                f"the cache {self.path} holds no embedding of {text!r}",
+                "a text that was cached",
+                "run `muybridge cache` again with it among the captions or in --prompts",
+            )
+        (length,) = self.texts.info(name, "length")
+        return restore_text(self.texts.read(name), length)
+
+    def clip(self, id: str, weights: bool = False, text: bool = True) -> Batch:
+        """One clip as a batch of one.
+
+        Args:
+            id: The clip.
+            weights: Give its motion weights too.
+            text: Give its text embedding too.
+        """
+        caption, fps = self.latents.info(id, "caption", "fps")
+        return Batch(
+            ids=[id],
+            latents=self.latents.read(id)["latents"].float()[None],
+            prompts=[caption],
+            conditioning=self.text(caption) if text else None,
+            weights=self.weights.read(id)["weights"].float()[None] if weights else None,
+            fps=fps,
+        )
+
+    def verify(self) -> dict[str, str]:
+        """Read every byte of every column; what is not as it was written, and why."""
+        found = {}
+        for name in self.columns:
+            found.update({f"{name}/{row}": why for row, why in ShardReader(self.path / name).verify().items()})
+        return found
+
+
+# -- text as rows --------------------------------------------------------------------------------------------------------------
+
+
+def store_text(conditioning: Conditioning) -> tuple[dict[str, Tensor], int]:
+    """The tensors of one text, and its padded length.
+
+    Most encoders pad with zeros: they are left off on disk (a caption of 80 tokens then takes 0.6 MB instead of 4) and put
+    back by :func:`restore_text`. What is not exactly zero is kept.
+    """
+    text = conditioning.text[0]
+    used = int(text.flatten(1).ne(0).any(1).nonzero().max()) + 1 if bool(text.ne(0).any()) else 0
+    tensors = {"text": text[:used]}
+    if conditioning.mask is not None:
+        tensors["mask"] = conditioning.mask[0]
+    if conditioning.pooled is not None:
+        tensors["pooled"] = conditioning.pooled[0]
+    return tensors, text.shape[0]
+
+
+def restore_text(tensors: Mapping[str, Tensor], length: int) -> Conditioning:
+    """The inverse of :func:`store_text`."""
+    kept = tensors["text"]
+    text = kept.new_zeros(1, length, *kept.shape[1:])
+    text[0, : len(kept)] = kept
+    mask, pooled = tensors.get("mask"), tensors.get("pooled")
+    return Conditioning(text, None if mask is None else mask[None], None if pooled is None else pooled[None])
+
+
+# -- writing -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's part of the work: names are dealt out by their hash, so ranks need not talk.
+
+    Args:
+        rank: This rank.
+        world: Number of ranks.
+    """
+
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world:
+            raise UsageError(f"rank {self.rank} of {self.world}", "a rank from 0 to below the number of ranks")
+
+    def __contains__(self, name: str) -> bool:
+        return int(text_key(name), 16) % self.world == self.rank
+
+
+def todo_texts(cache: str | Path, texts: Sequence[str], share: Share = Share()) -> list[str]:
+    """Distinct texts of this rank that a text column does not hold yet."""
+    column = ShardReader(Path(cache) / "text")
+    return [t for t in dict.fromkeys(texts) if t in share and text_key(t) not in column]
+
+
+def todo_clips(cache: str | Path, clips: Sequence[Clip], share: Share = Share()) -> list[int]:
+    """Places of this rank's clips that the latents column lacks, or holds as they were before their file or caption changed.
+
+    Clips that could not be read are tried again.
+    """
+    column = ShardReader(Path(cache) / "latents")
+    keys: dict[Path, str] = {}
+    left = []
+    for place, clip in enumerate(clips):
+        if clip.id not in share:
+            continue
+        if clip.id in column:
+            source, caption, error = column.info(clip.id, "source", "caption", "error")
+            if error is None and clip.path not in keys and clip.path.is_file():
+                keys[clip.path] = content_key(clip.path)
+            if error is None and keys.get(clip.path) == source and caption == (clip.caption or ""):
+                continue
+        left.append(place)
+    return left
+
+
+def add_text(writer: ShardWriter, backbone: Backbone, text: str) -> None:
+    """Encode one text into the text column."""
+    tensors, length = store_text(backbone.encode_text([text]))
+    writer.add(text_key(text), tensors, text=text, length=length)
+
+
+def add_unconditional(writer: ShardWriter, backbone: Backbone, negative_prompt: str = "") -> None:
+    """Encode an unconditional branch into the text column, under its reserved name."""
+    tensors, length = store_text(backbone.unconditional(negative_prompt))
+    writer.add(unconditional_name(negative_prompt), tensors, text=negative_prompt, length=length)
+
+
+def add_clip(
+    writer: ShardWriter, backbone: Backbone, clip: Clip, position: int, batch: Batch, dtype: torch.dtype = torch.float32
+) -> None:
+    """Encode one clip into the latents column.
+
+    Args:
+        writer: Of the column.
+        backbone: With its VAE.
+        clip: The clip's record.
+        position: Its place in the source.
+        batch: Its pixels, as a batch of one.
+        dtype: What the latents are kept in.
+    """
+    if batch.pixels is None:
+        raise ValueError("a batch without pixels can't be encoded")
+    frames, height, width = batch.pixels.shape[2:]
+    caption = clip.caption or ""
+    writer.add(
+        clip.id,
+        {"latents": backbone.encode(batch.pixels.to(backbone.device))[0].to(dtype)},
+        position=position,
+        caption=caption,
+        caption_hash=text_key(caption),
+        frames=frames,
+        height=height,
+        width=width,
+        fps=batch.fps,
+        source=content_key(clip.path),
+        error=None,
+    )
+
+
+def add_bad_clip(writer: ShardWriter, clip: Clip, position: int, why: str) -> None:
+    """Note in the latents column that a clip can't be read."""
+    writer.add(clip.id, {}, position=position, caption=clip.caption, error=why)
