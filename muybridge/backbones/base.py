@@ -270,6 +270,10 @@ class Backbone(nn.Module, ABC):
             )
         geometry = self.geometry
         _, channels, frames, height, width = latents.shape
+        if t.ndim == 2 and t.shape[1] != frames:
+            raise ValueError(
+                f"per-frame times of shape {tuple(t.shape)}: expected one for each of {frames} latent frames"
+            )
         if channels != geometry.channels:
             raise UsageError(
                 f"latents with {channels} channels", f"{geometry.channels}, as {self.family}'s network takes"
@@ -456,8 +460,12 @@ class Backbone(nn.Module, ABC):
 
         cls = getattr(diffusers, self.checkpoint.class_of("scheduler"))
         scheduler = cls.from_config(self.checkpoint.config("scheduler"))
-        scheduler.set_timesteps(steps, device=latents.device)
+        self._set_steps(scheduler, steps, latents)
         return scheduler
+
+    def _set_steps(self, scheduler: Any, steps: int, latents: Tensor) -> None:
+        """Give a scheduler its timesteps; families whose pipelines list their own noise levels do it here."""
+        scheduler.set_timesteps(steps, device=latents.device)
 
     def _scheduler_step(self, generator: Optional[torch.Generator]) -> samplers.SchedulerStep:
         """How one step of the family's scheduler is taken; a fresh one per sampling run, since it may hold state."""
