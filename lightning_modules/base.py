@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -67,6 +68,9 @@ class DiffusionModule(pl.LightningModule, ABC):
         self._texts: dict[str, Conditioning] = {}
         # Frozen weights are absent from checkpoints on purpose; load_state_dict below checks the rest.
         self.strict_loading = False
+        # Networks stay in eval mode on purpose: dropout would make a loss depend on more than (seed, update, id), and the
+        # few layers of these families that have any are trained without it in every recipe we know.
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
 
     # -- what a job says of itself ---------------------------------------------------------------------------------
 

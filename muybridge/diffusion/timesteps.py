@@ -44,9 +44,10 @@ class TimestepSampler(ABC):
         """The inverse of :meth:`_quantile`."""
 
     def bounds(self, schedule: NoiseSchedule) -> tuple[float, float]:
-        """The times between which all draws lie."""
+        """The times between which all draws lie; refuses a range without any."""
         low = self.low.resolve(schedule) if self.low else 0.0
         high = self.high.resolve(schedule) if self.high else T_MAX
+        self._known_ends(low, high, schedule)
         return low, high
 
     def quantile(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import pytest
 import torch
 from support.jobs import SHAPES, finetuning, latents_for, trainer
@@ -188,8 +189,6 @@ def test_the_exported_pipeline_is_the_trained_model(tiny_checkpoint: Tiny, tmp_p
 
 
 def test_predict_writes_every_clip_and_is_a_function_of_its_id(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
-    from muybridge.video import frame_count, read_frames
-
     frames = []
     for run in ("a", "b"):
         job = finetuning(tiny_checkpoint("wan"))
@@ -197,9 +196,10 @@ def test_predict_writes_every_clip_and_is_a_function_of_its_id(tiny_checkpoint: 
         trainer(tmp_path / run, callbacks=[Samples()]).predict(job, data, return_predictions=False)
         files = sorted((tmp_path / run / "predictions").glob("*.mp4"))
         assert [f.stem for f in files] == ["clip-000", "clip-001"]
-        assert frame_count(files[0]) == SHAPES["wan"][0]
-        frames.append(read_frames(files[0], range(9)))
-    assert (frames[0] == frames[1]).all()
+        with av.open(str(files[0])) as container:
+            frames.append([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        assert len(frames[-1]) == SHAPES["wan"][0]
+    assert all((a == b).all() for a, b in zip(*frames, strict=True))
 
 
 def test_samples_appear_at_their_updates(tiny_checkpoint: Tiny, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def finetuning(path: Path | str, name: str = "wan", **settings: Any) -> Finetuni
     frames, height, width = SHAPES[name]
     return Finetuning(
         **{
-            "backbone": Pretrained(str(path), max_text_length=16 if name != "latte" else None),
+            "backbone": Pretrained(str(path), max_text_length=16 if name.startswith("wan") else None),
             "losses": [Denoising()],
             "optimizer": sgd,
             "sampling": Sampling(steps=2, guidance=3.0, frames=frames, height=height, width=width, fps=8),
