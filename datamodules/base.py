@@ -1,0 +1,139 @@
+"""Training data whose place in an epoch is part of the checkpoint."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.collate import collate
+from datamodules.sampling import LateLoader, ResumableSampler, outlive_notice
+from muybridge.errors import UsageError
+
+
+class ResumableData(pl.LightningDataModule):
+    """A datamodule that continues inside an epoch: no sample twice, none left out, whatever the ranks and workers are now.
+
+    A subclass gives :meth:`train_dataset`. Lightning restores how many batches the interrupted run had done, but begins the
+    data anew and counts in batches of that run's size; both are put right here.
+
+    Args:
+        batch_size: Clips of a micro-batch, on every rank.
+        num_workers: Processes that decode, on every rank.
+        seed: The order of an epoch is a function of this seed and the epoch.
+        shuffle: Draw a new order every epoch.
+        drop_last: Leave out an epoch's last clips where they do not fill a batch on every rank, rather than fill it up with
+            the epoch's first.
+    """
+
+    def __init__(
+        self, batch_size: int = 1, num_workers: int = 2, seed: int = 0, shuffle: bool = True, drop_last: bool = False
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or num_workers < 0:
+            raise UsageError(
+                f"batch_size is {batch_size} and num_workers is {num_workers}", "at least 1 and at least 0"
+            )
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.shuffle, self.drop_last = shuffle, drop_last
+        self._sampler: Optional[ResumableSampler] = None
+        self._sampler_of: Optional[pl.Trainer] = None
+        self._loaded: Optional[dict[str, Any]] = None
+
+    @abstractmethod
+    def train_dataset(self) -> Dataset[Any]:
+        """The training clips; has a length."""
+
+    # Not a method, or every worker that is not forked would be sent the datamodule and its trainer.
+    collate: Callable[[Sequence[Any]], Any] = staticmethod(collate)
+    """Single clips to one batch."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """The training clips, from where the run is."""
+        dataset = self.train_dataset()
+        trainer = self.trainer
+        ranks = (trainer.distributed_sampler_kwargs if trainer is not None else None) or {"num_replicas": 1, "rank": 0}
+        sampler = ResumableSampler(
+            len(dataset),  # type: ignore[arg-type]
+            self.batch_size,
+            shuffle=self.shuffle,
+            seed=self.seed,
+            drop_last=self.drop_last,
+            **ranks,
+        )
+        if self._sampler is not None and self._sampler_of is trainer:
+            # Lightning asks again within a run (reload_dataloaders_every_n_epochs, a second fit).
+            sampler.enter(*self._sampler.following)
+        self._sampler, self._sampler_of = sampler, trainer
+        if self._loaded is not None:
+            self._enter()
+        sampler.on_epoch = self._on_epoch
+        return LateLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=self.collate,
+            worker_init_fn=outlive_notice,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    # -- the place -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run is: the epoch, how many of its samples were trained on, and whether that was all."""
+        sampler, trainer = self._sampler, self.trainer
+        if sampler is None or trainer is None:
+            return {}
+        if not sampler.begun:
+            epoch, offset = sampler.following
+            return {"epoch": epoch, "samples_seen": offset, "epoch_done": False}
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+        steps = progress.current.processed - sampler.steps_before(sampler.offset)
+        return {
+            "epoch": sampler.epoch,
+            "samples_seen": sampler.offset + steps * sampler.global_batch,
+            "epoch_done": bool(progress.is_last_batch and progress.current.processed == progress.current.ready),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go to where the run was, if it is to be gone on with."""
+        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._loaded = dict(state_dict)
+        if self._sampler is not None and self._sampler_of is self.trainer:
+            self._enter()
+
+    def _enter(self) -> None:
+        assert self._sampler is not None
+        assert self._loaded is not None
+        done = self._loaded["epoch_done"]
+        place = (self._loaded["epoch"] + 1, 0) if done else (self._loaded["epoch"], self._loaded["samples_seen"])
+        self._sampler.enter(*place)
+
+    def _on_epoch(self) -> None:
+        """Bring Lightning's count of batches in line with the place; once, after a resume, before its first epoch."""
+        if self._loaded is None:
+            return
+        loaded, self._loaded = self._loaded, None
+        assert self.trainer is not None
+        assert self._sampler is not None
+        loop = self.trainer.fit_loop.epoch_loop
+        if not loop.restarting:
+            # With max_epochs, Lightning counts an epoch it was stopped in as done and begins the next.
+            self._sampler.enter(loaded["epoch"] + (loaded["epoch_done"] or loaded["samples_seen"] > 0))
+            return
+        steps = (
+            self.trainer.num_training_batches
+            if loaded["epoch_done"]
+            else self._sampler.steps_before(loaded["samples_seen"])
+        )
+        current: Any = loop.batch_progress.current
+        # A checkpoint written at the end of a batch counts it as processed, not yet as completed.
+        pending = current.processed - current.completed
+        current.ready = current.started = current.processed = int(steps)
+        current.completed = int(steps) - pending
