@@ -31,6 +31,8 @@ MODULES: dict[str, str] = {
 DATAMODULES: dict[str, str] = {
     "VideoData": "datamodules.video",
     "PromptData": "datamodules.prompts",
+    "LatentData": "datamodules.latents",
+    "TrajectoryData": "datamodules.trajectories",
 }
 
 CALLBACKS: dict[str, str] = {
@@ -38,6 +40,9 @@ CALLBACKS: dict[str, str] = {
     "Samples": "callbacks.samples",
     "Preemption": "callbacks.preemption",
 }
+
+CLASSES = (BACKBONES, LOSSES, MODULES, DATAMODULES, CALLBACKS)
+"""All of what ``class_path`` names in short."""
 
 
 class Verb(NamedTuple):

@@ -59,6 +59,16 @@ def resolve(given: Optional[str], trainer: Any, resuming: bool = False) -> Optio
     return str(chosen)
 
 
+def refuse_folder(path: str, trainer: Any) -> None:
+    """Stop if a sharded checkpoint meets a strategy that reads files."""
+    if Path(path).is_dir() and not hasattr(trainer.strategy, "_save_distributed_checkpoint"):
+        raise UsageError(
+            f"ckpt_path {path} is a sharded folder, and the strategy {type(trainer.strategy).__name__} reads files",
+            "trainer.strategy: lightning_modules.parallel.FullyShard",
+            f"or make it a file: muybridge consolidate {path} --out {Path(path).with_suffix('.file.ckpt')}",
+        )
+
+
 def _existing(given: str) -> str:
     path = Path(given).expanduser()
     if is_checkpoint(path):

@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Optional, TypeVar
@@ -64,7 +65,7 @@ class SaveConfig(SaveConfigCallback):
 
     def __init__(self, parser: LightningArgumentParser, config: Any, **kwargs: Any) -> None:
         config = config.clone()
-        for key in [k for k in config if k not in ("seed_everything", "trainer", "model", "data")]:
+        for key in [k for k in vars(config) if k not in ("seed_everything", "trainer", "model", "data")]:
             del config[key]
         super().__init__(parser, config, overwrite=True, **kwargs)
 
@@ -90,7 +91,7 @@ class CLI(LightningCLI):
             setattr(Trainer, verb, function)
         super().__init__(
             pl.LightningModule,
-            pl.LightningDataModule,
+            pl.LightningDataModule if self.takes_data else None,
             save_config_callback=SaveConfig if verb == "fit" else None,
             trainer_class=Trainer,
             seed_everything_default=0,
@@ -141,7 +142,10 @@ class CLI(LightningCLI):
             check()
         chosen = self.config_init[self.verb]
         if chosen.get("ckpt_path") is not None:
-            chosen["ckpt_path"] = checkpoints.resolve(chosen["ckpt_path"], self.trainer, resuming=self.verb == "fit")
+            found = checkpoints.resolve(chosen["ckpt_path"], self.trainer, resuming=self.verb == "fit")
+            if found is not None and self.is_loop:
+                checkpoints.refuse_folder(found, self.trainer)
+            chosen["ckpt_path"] = found
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -163,6 +167,8 @@ class CLI(LightningCLI):
 
 def run_job(verb: str, arguments: list[str]) -> int:
     """Parse and run."""
+    # Lightning 2.6 asks torch 2.13's pytrees in a way that these call deprecated; nothing a user could change.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", module="lightning.*")
     arguments, files = resolve_configs(verb, arguments)
     places.append_to_path([*(f.parent for f in files), Path.cwd()])
     configs = [Config(f) for f in files]
@@ -200,8 +206,7 @@ def resolve_configs(verb: str, arguments: list[str]) -> tuple[list[str], list[Pa
 
 def import_known() -> None:
     """Import every module of the registry: jsonargparse knows a short class name once its class exists."""
-    tables = (registry.BACKBONES, registry.LOSSES, registry.MODULES, registry.DATAMODULES, registry.CALLBACKS)
-    for module in {module for table in tables for module in table.values()}:
+    for module in {module for table in registry.CLASSES for module in table.values()}:
         importlib.import_module(module)
     importlib.import_module("lightning_modules")
 
@@ -209,10 +214,11 @@ def import_known() -> None:
 def import_named(configs: Sequence[Config], arguments: Sequence[str]) -> None:
     """Import the user's files that define a class that is named without its module.
 
-    Only those: a folder may hold scripts that do things when imported.
+    Only those: a folder may hold scripts that do things when imported. Names that ship mean what ships.
     """
     wanted = {name for config in configs for name in config.class_names()}
     wanted |= {m.group(1) for a in arguments if (m := re.fullmatch(r"(?:--[\w.+-]+=)?([A-Za-z_]\w*)", a))}
+    wanted -= {name for table in registry.CLASSES for name in table}
     for file, defined in classes_beside(config.path for config in configs):
         if wanted.intersection(defined):
             importlib.import_module(file.stem)

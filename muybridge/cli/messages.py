@@ -171,7 +171,7 @@ def explain(text: str, known: Known) -> UsageError:
     """A short error for a long one."""
     leaves = deepest(read(text))
     leaf = leaves[0]
-    for explainer in (_unknown_option, _unknown_class, _no_module, _no_attribute, _not_a_subclass, _abstract, _missing):
+    for explainer in (_unknown_option, _unknown_class, _ambiguous, _no_module, _no_attribute, _not_a_subclass, _abstract, _missing):
         found = explainer(leaf, known)
         if found:
             return found
@@ -265,6 +265,17 @@ def _some(names: Iterable[str], count: int = 12) -> str:
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
+def _ambiguous(leaf: Leaf, known: Known) -> UsageError | None:
+    match = re.match(r"Multiple subclasses with name (\w+)\. [^:]*: (.+?)\.?$", leaf.text)
+    if not match:
+        return None
+    name, paths = match.groups()
+    return UsageError(
+        f"{_dotted(leaf.keys)}: several classes are called {name}{_at(known.where(leaf.keys, name))}",
+        f"a full class_path: {' or '.join(paths.split(', '))}",
+    )
+
+
 def _no_module(leaf: Leaf, known: Known) -> UsageError | None:
     match = re.match(r"No module named '([^']+)'", leaf.text)
     if not match or not leaf.classes:
@@ -336,19 +347,14 @@ def _missing(leaf: Leaf, known: Known) -> UsageError | None:
     match = re.match(r"the following arguments are required: (.+)", leaf.text)
     if not match:
         return None
-    names = [
-        re.sub(rf"^({'|'.join(VERBS)})\.", "", _dotted([*leaf.keys, name.strip()]))
-        for name in match.group(1).split(",")
-    ]
+    # At the top jsonargparse puts the verb before the name, inside a class nothing.
+    missing = [re.sub(rf"^({'|'.join(VERBS)})\.", "", name.strip()) for name in match.group(1).split(",")]
     owner = leaf.classes[-1].rsplit(".", 1)[-1] if leaf.classes else "this verb"
+    names = [f"{'' if leaf.classes else '--'}{_dotted([*leaf.keys, name])}" for name in missing]
     return UsageError(
         f"{' and '.join(names)} not given",
         f"a value for {'each' if len(names) > 1 else 'it'}: {owner} has no default",
-        ""
-        if leaf.classes
-        else "give a config: -c FILE (muybridge list configs)"
-        if names[0] in ("model", "data")
-        else "",
+        "give a config: -c FILE (muybridge list configs)" if not leaf.classes and "model" in missing else "",
     )
 
 

@@ -62,8 +62,7 @@ class Program:
         found = {c.__name__: f"{c.__module__}.{c.__name__}" for base in bases for c in _concrete(base)}
         if found:
             return found
-        tables = (registry.MODULES, registry.DATAMODULES, registry.LOSSES, registry.BACKBONES, registry.CALLBACKS)
-        return {name: f"{module}.{name}" for table in tables for name, module in table.items()}
+        return {name: f"{module}.{name}" for table in registry.CLASSES for name, module in table.items()}
 
     def _bases(self, keys: Sequence[str], classes: Sequence[str]) -> list[type]:
         if not keys:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from muybridge.errors import UsageError
@@ -18,7 +21,7 @@ TRAINER = {
 """One process without a GPU, whatever the run used: exporting only moves weights, and must not round them."""
 
 
-def export(trainer: Any, model: Any, ckpt_path: str, out: str) -> None:
+def export(trainer: Any, model: Any, ckpt_path: str, out: str, average: bool = True) -> None:
     """Turn a checkpoint into a diffusers pipeline directory, or into adapter files.
 
     Args:
@@ -26,10 +29,28 @@ def export(trainer: Any, model: Any, ckpt_path: str, out: str) -> None:
         model: What the config describes.
         ckpt_path: A checkpoint file, a sharded checkpoint folder, ``last`` or ``best``.
         out: A new directory.
+        average: Write the averaged weights, where the run kept an average (callback EMA).
     """
     if not callable(getattr(model, "export", None)):
         raise UsageError(
             f"{type(model).__name__} has no export(out)", "a job that muybridge ships, or one of yours with this method"
         )
-    for path in trainer.run_with(model, lambda: model.export(out), ckpt_path):
-        print(path)
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise UsageError(f"{out} exists and is not empty", "a new directory", "choose another --out, or remove it first")
+
+    def write() -> Any:
+        kept = getattr(model, "average", None)
+        with kept.swapped(model) if average and kept is not None else nullcontext():
+            return model.export(out)
+
+    file = Path(ckpt_path)
+    merged = Path(out).absolute().with_name(f".{Path(out).name}.{os.getpid()}.ckpt")
+    try:
+        if file.is_dir():
+            from lightning_modules.parallel import consolidate
+
+            file = consolidate(file, merged)
+        for path in trainer.run_with(model, write, str(file)):
+            print(path)
+    finally:
+        merged.unlink(missing_ok=True)
