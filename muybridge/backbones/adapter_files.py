@@ -45,6 +45,11 @@ def _whole(parameter: Tensor) -> Tensor:
 
 
 def _layers_of(network: nn.Module, name: str) -> dict[str, LowRank]:
+    if any(hasattr(parameter, "full_tensor") for parameter in network.parameters()):
+        from muybridge.backbones.sharding import reshard
+
+        # A root unit that stayed gathered holds what it computes with, which may be bfloat16.
+        reshard(network)
     return {
         module: LowRank(_whole(m.lora_A[name].weight), _whole(m.lora_B[name].weight), float(m.lora_alpha[name]))
         for module, m in adapter_layers(network, name).items()

@@ -20,6 +20,9 @@ from muybridge.backbones.base import Backbone
 from muybridge.diffusion.boundaries import Boundary
 from muybridge.errors import UsageError
 
+ROUNDING = 1e-3
+"""Times this near to an end of a range are in it: labels are float32, and some networks count them from the other end."""
+
 
 def adapter_layers(module: nn.Module, name: Optional[str] = None) -> dict[str, Any]:
     """The layers of ``module`` that carry adapters (those that carry ``name``), by their names."""
@@ -181,12 +184,11 @@ class _GateHook:
         return arguments["timestep"]
 
     def _open(self, label: Tensor) -> bool:
-        # float32, as the label itself: in double, 833.3 would lie below the 833.3 that a step list was rounded to.
         times = self.to_time(label.detach().float()).flatten()
         if label.ndim == 2:
             # One time per token: tokens of given, clean frames are at 0 and say nothing of where the sampling is.
             times = times[times > 0] if bool((times > 0).any()) else times
-        inside = (times >= self.t_min) & (times <= self.t_max)
+        inside = (times >= self.t_min - ROUNDING) & (times <= self.t_max + ROUNDING)
         if bool(inside.all()):
             return True
         if not bool(inside.any()):

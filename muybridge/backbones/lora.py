@@ -169,6 +169,7 @@ def insert(network: nn.Module, name: str, wanted: Mapping[str, tuple[int, float]
             f"another name than {', '.join(sorted(network.peft_config))}",  # type: ignore[arg-type]
             "remove_adapter or merge_adapter takes it off",
         )
+    refuse_sharded(network, "adapters put on it")
     # peft freezes the base, and makes whatever it injected last the only active and the only trainable adapter.
     flags = {p: p.requires_grad for p in network.parameters()}
     active = {n: (list(m.active_adapters), m.disable_adapters) for n, m in adapter_layers(network).items()}
@@ -214,6 +215,14 @@ def _discard(network: nn.Module, name: str) -> None:
         del network.peft_config
         if hasattr(network, "_hf_peft_config_loaded"):
             network._hf_peft_config_loaded = False  # type: ignore[assignment]
+
+
+def refuse_sharded(network: nn.Module, what: str) -> None:
+    """Weights added to a sharded network would be plain tensors that no other rank's gradients reach."""
+    if any(hasattr(parameter, "full_tensor") for parameter in network.parameters()):
+        raise UsageError(
+            f"{what} a sharded network", f"{what} before it is sharded", "a job does both in its prepare()"
+        )
 
 
 def loaded_networks(backbone: Backbone) -> nn.ModuleDict:
@@ -310,6 +319,8 @@ def merge_adapter(backbone: Backbone, name: str = NAME, drop_range: bool = False
             "an adapter without a time range: merged weights act at all times",
             "save_adapter keeps the range in the file; drop_range merges and forgets it",
         )
+    for network in adapter.networks:
+        refuse_sharded(backbone.networks[network], "adapters merged")
     for network in adapter.networks:
         for layer in adapter_layers(backbone.networks[network], name).values():
             weight = layer.get_base_layer().weight
