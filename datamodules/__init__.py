@@ -1,6 +1,8 @@
 """Where batches come from."""
 
+from datamodules.latents import LatentData
 from datamodules.prompts import PromptData
+from datamodules.trajectories import TrajectoryData
 from datamodules.video import VideoData
 
-__all__ = ["PromptData", "VideoData"]
+__all__ = ["LatentData", "PromptData", "TrajectoryData", "VideoData"]

@@ -48,6 +48,10 @@ class ResumableData(pl.LightningDataModule):
     def train_dataset(self) -> Dataset[Any]:
         """The training clips; has a length."""
 
+    def sample_weights(self) -> Optional[Sequence[float]]:
+        """One for each training clip where an epoch is drawn with replacement; ``None`` where every clip comes once."""
+        return None
+
     # Not a method, or every worker that is not forked would be sent the datamodule and its trainer.
     collate: Callable[[Sequence[Any]], Any] = staticmethod(collate)
     """Single clips to one batch."""
@@ -63,6 +67,7 @@ class ResumableData(pl.LightningDataModule):
             shuffle=self.shuffle,
             seed=self.seed,
             drop_last=self.drop_last,
+            weights=self.sample_weights(),
             **ranks,
         )
         if self._sampler is not None and self._sampler_of is trainer:

@@ -4,42 +4,59 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
-import lightning.pytorch as pl
 from torch.utils.data import DataLoader, Dataset
 
+from datamodules.base import ResumableData
 from datamodules.collate import collate
 from muybridge.batch import Batch
+from muybridge.data.cache import Cache
 from muybridge.errors import UsageError
 
 
-def read_prompts(path: str) -> list[str]:
-    """The prompts of a text file (one a line) or a JSONL file (``prompt`` or ``caption`` in every line)."""
+def read_prompts(path: str) -> tuple[list[str], list[str]]:
+    """Ids and prompts of a text file (one prompt a line) or a JSONL file (``prompt`` or ``caption``, and ``id`` where given)."""
     file = Path(path)
     if not file.is_file():
-        raise UsageError(f"prompt file {path} does not exist", "a .txt or .jsonl file", f"relative paths are looked up from {Path.cwd()}")
+        raise UsageError(
+            f"prompt file {path} does not exist",
+            "a .txt or .jsonl file",
+            f"relative paths are looked up from {Path.cwd()}",
+        )
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): a prompt may hold one of the rarer line separators.
+        lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})", "a UTF-8 text file") from error
     blank = [i for i, line in enumerate(lines, 1) if not line.strip()]
-    if blank or not lines:
-        where = f"blank lines: {', '.join(map(str, blank[:5]))}" if blank else "nothing"
+    if blank:
+        where = "nothing" if lines == [""] else f"blank lines: {', '.join(map(str, blank[:5]))}"
         raise UsageError(
-            f"{path} holds {where}", "one prompt a line, none empty", "remove them (an empty prompt would be sampled like any other)"
+            f"{path} holds {where}",
+            "one prompt a line, none empty",
+            "remove them (an empty prompt would be sampled like any other)",
         )
     if file.suffix != ".jsonl":
-        return [line.strip() for line in lines]
-    prompts = []
+        prompts = [line.strip() for line in lines]
+        return [prompt_id(i, p) for i, p in enumerate(prompts)], prompts
+    ids, prompts = [], []
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
-            prompts.append(str(entry["prompt"] if "prompt" in entry else entry["caption"]))
+            prompt = str(entry["prompt"] if "prompt" in entry else entry["caption"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UsageError(f"{path}, line {number}: {type(error).__name__} {error}", 'lines such as {"prompt": "a dog runs"}') from error
-    return prompts
+            raise UsageError(
+                f"{path}, line {number}: {type(error).__name__} {error}", 'lines such as {"prompt": "a dog runs"}'
+            ) from error
+        ids.append(str(entry["id"]) if "id" in entry else prompt_id(number - 1, prompt))
+        prompts.append(prompt)
+    twice = sorted({name for name in ids if ids.count(name) > 1}) if len(set(ids)) < len(ids) else []
+    if twice:
+        raise UsageError(f"{path} has {len(twice)} ids more than once, such as {', '.join(twice[:3])}", "every id once")
+    return ids, prompts
 
 
 def prompt_id(index: int, prompt: str) -> str:
@@ -54,37 +71,65 @@ class PromptDataset(Dataset[Batch]):
     Args:
         ids: A name for each.
         prompts: The texts.
+        cache: Where their embeddings are, if anywhere.
     """
 
-    def __init__(self, ids: list[str], prompts: list[str]) -> None:
-        self.ids, self.prompts = ids, prompts
+    def __init__(self, ids: Sequence[str], prompts: Sequence[str], cache: Optional[Cache] = None) -> None:
+        self.ids, self.prompts, self.cache = list(ids), list(prompts), cache
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> Batch:
-        return Batch(ids=[self.ids[index]], prompts=[self.prompts[index]])
+        prompt = self.prompts[index]
+        text = None if self.cache is None else self.cache.text(prompt)
+        return Batch(ids=[self.ids[index]], prompts=[prompt], conditioning=text)
 
 
-class PromptData(pl.LightningDataModule):
-    """Prompts to sample.
+class PromptData(ResumableData):
+    """Prompts without videos: to sample, or to distil a model without data.
 
     Args:
-        prompts: A text file with one prompt a line, or a JSONL file with ``prompt`` in every line.
+        prompts: A text file with one prompt a line, or a JSONL file with ``prompt`` (and ``id``, if you have one) in every line.
         texts: The prompts themselves, instead of a file.
-        batch_size: Clips sampled at once, on every rank.
+        cache: A cache that holds their embeddings, so that no text encoder is loaded.
+        batch_size: Prompts of a micro-batch, on every rank.
+        num_workers: Processes that read, on every rank.
+        seed: The order of an epoch is a function of this seed and the epoch.
     """
 
-    def __init__(self, prompts: Optional[str] = None, texts: Optional[list[str]] = None, batch_size: int = 1) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        prompts: Optional[str] = None,
+        texts: Optional[list[str]] = None,
+        cache: Optional[str] = None,
+        batch_size: int = 1,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         if (prompts is None) == (texts is None):
-            raise UsageError("prompts and texts: " + ("neither is" if prompts is None else "both are") + " given", "one of them")
-        self.texts = texts if texts is not None else read_prompts(str(prompts))
+            raise UsageError(
+                "prompts and texts: " + ("neither is" if prompts is None else "both are") + " given", "one of them"
+            )
+        if texts is not None:
+            self.ids, self.texts = [prompt_id(i, p) for i, p in enumerate(texts)], list(texts)
+        else:
+            self.ids, self.texts = read_prompts(str(prompts))
         if not self.texts:
             raise UsageError("texts is empty", "at least one prompt")
-        self.batch_size = batch_size
+        self.cache_path = cache
+        self.cache: Optional[Cache] = None
 
-    def predict_dataloader(self) -> DataLoader[Batch]:
+    def setup(self, stage: str) -> None:
+        """Open the cache."""
+        if self.cache_path is not None and self.cache is None:
+            self.cache = Cache(self.cache_path)
+            self.cache.check_texts(self.texts)
+
+    def train_dataset(self) -> PromptDataset:
+        return PromptDataset(self.ids, self.texts, self.cache)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
         """The prompts in their order."""
-        ids = [prompt_id(i, p) for i, p in enumerate(self.texts)]
-        return DataLoader(PromptDataset(ids, self.texts), batch_size=self.batch_size, collate_fn=collate)
+        return DataLoader(self.train_dataset(), batch_size=self.batch_size, collate_fn=collate)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Optional
 
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+from muybridge.data.selection import weighted_order
 from muybridge.diffusion.draws import keyed_generator
 from muybridge.errors import UsageError
 
@@ -34,6 +35,7 @@ class ResumableSampler(DistributedSampler):
         shuffle: Draw a new order every epoch, rather than 0, 1, 2, ...
         seed: The order is a function of it and the epoch.
         drop_last: Leave the incomplete last global batch out (its samples come up in other epochs), rather than fill it up.
+        weights: One for each sample: an epoch is then as many draws with replacement, rather than every sample once.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class ResumableSampler(DistributedSampler):
         shuffle: bool = True,
         seed: int = 0,
         drop_last: bool = False,
+        weights: Optional[Sequence[float]] = None,
     ) -> None:
         if size < 1 or batch_size < 1:
             raise UsageError(f"{size} samples in batches of {batch_size}", "at least 1 of both")
@@ -56,6 +59,14 @@ class ResumableSampler(DistributedSampler):
                 f"at least {self.global_batch} samples where the last batch is dropped",
                 "set drop_last to false, or use fewer ranks or a smaller batch_size",
             )
+        if weights is not None and (len(weights) != size or not shuffle):
+            raise UsageError(
+                f"{len(weights)} sampling weights for {size} samples"
+                if shuffle
+                else "sampling weights without shuffle",
+                "a weight for each sample, and shuffle",
+            )
+        self.weights = weights
         super().__init__(
             range(size),  # type: ignore[arg-type]
             num_replicas=num_replicas,
@@ -81,7 +92,9 @@ class ResumableSampler(DistributedSampler):
         return self.batches() - self.batches(offset)
 
     def order(self, epoch: int) -> list[int]:
-        """All samples in the order of an epoch."""
+        """The samples of an epoch, in order."""
+        if self.weights is not None:
+            return weighted_order(self.weights, self.size, self.seed, epoch)
         if not self.shuffle:
             return list(range(self.size))
         return torch.randperm(self.size, generator=keyed_generator(self.seed, "order", epoch)).tolist()

@@ -19,6 +19,7 @@ import muybridge
 from lightning_modules.parallel import FullyShard
 from muybridge.backbones.base import Backbone
 from muybridge.batch import Batch
+from muybridge.data.cache import Cache
 from muybridge.diffusion.conditioning import Conditioning
 from muybridge.diffusion.draws import keyed_noise
 from muybridge.errors import UsageError
@@ -66,6 +67,7 @@ class DiffusionModule(pl.LightningModule, ABC):
         # Set by callbacks.EMA before configure_model runs, because the buffers must exist before the strategy sets up.
         self.average_requested = False
         self._texts: dict[str, Conditioning] = {}
+        self._cache: Optional[Cache] = None
         # Frozen weights are absent from checkpoints on purpose; load_state_dict below checks the rest.
         self.strict_loading = False
         # Networks stay in eval mode on purpose: dropout would make a loss depend on more than (seed, update, id), and the
@@ -96,6 +98,7 @@ class DiffusionModule(pl.LightningModule, ABC):
     def configure_model(self) -> None:
         """Load, prepare, shard, average; once, whatever number of times Lightning calls it."""
         roles = self.roles()
+        self._take_cache()
         if any(backbone.networks for backbone in roles.values()):
             return
         clip = getattr(getattr(self._trainer, "datamodule", None), "clip_size", None)
@@ -127,6 +130,18 @@ class DiffusionModule(pl.LightningModule, ABC):
                 strategy.shard(backbone)
         if self.average_requested:
             self.average = WeightAverage(self)
+
+    def _take_cache(self) -> None:
+        """Check the datamodule's cache against the model, and let it stand in for the text encoder."""
+        cache = getattr(getattr(self._trainer, "datamodule", None), "cache", None)
+        if cache is None:
+            return
+        cache.check_backbone(self.sampled)
+        if "text" in cache.columns:
+            self._cache = cache
+            for backbone in self.roles().values():
+                for negative_prompt in cache.negative_prompts:
+                    backbone.give_unconditional(cache.unconditional(negative_prompt), negative_prompt)
 
     def on_fit_start(self) -> None:
         """Say once what is trained."""
@@ -212,6 +227,9 @@ class DiffusionModule(pl.LightningModule, ABC):
                 "a batch with neither prompts nor text embeddings", "one of them", "give the clips captions"
             )
         new = list(dict.fromkeys(p for p in batch.prompts if p not in self._texts))
+        if self._cache is not None:
+            self._texts.update({p: self._cache.text(p) for p in new if self._cache.has_text(p)})
+            new = [p for p in new if p not in self._texts]
         if new:
             encoded = backbone.encode_text(new)
             for i, prompt in enumerate(new):

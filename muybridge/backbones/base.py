@@ -401,6 +401,10 @@ class Backbone(nn.Module, ABC):
             self._empty_text[negative_prompt] = self.encode_text([negative_prompt])
         return self._empty_text[negative_prompt]
 
+    def give_unconditional(self, conditioning: Conditioning, negative_prompt: str = "") -> None:
+        """Let this be the unconditional branch, rather than what the text encoder would make (a cache holds it)."""
+        self._empty_text[negative_prompt] = conditioning
+
     # -- blocks, motion projections --------------------------------------------------------------------------------
 
     def blocks(self) -> list[nn.Module]:

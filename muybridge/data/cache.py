@@ -260,6 +260,16 @@ class Cache:
                 "run `muybridge cache` again: it encodes what changed",
             )
 
+    def check_texts(self, texts: Sequence[str]) -> None:
+        """Refuse a cache that lacks the embeddings of some texts."""
+        absent = [t for t in texts if not self.has_text(t)]
+        if absent:
+            raise UsageError(
+                f"the cache {self.path} lacks {len(absent)} of {len(texts)} texts, such as {absent[0]!r}",
+                "an embedding of every prompt",
+                "run `muybridge cache` again with these prompts: it encodes what is missing",
+            )
+
     # -- rows ------------------------------------------------------------------------------------------------------
 
     def has_text(self, text: str) -> bool:
