@@ -83,9 +83,7 @@ def test_losses_are_summed_with_their_weights(tiny_checkpoint: Tiny, tmp_path: P
     job = finetuning(tiny_checkpoint("wan"), losses=[Denoising(), Denoising()], loss_weights=[1.0, 0.5])
     once = finetuning(tiny_checkpoint("wan"))
     assert job.loss_names == ["Denoising", "Denoising_2"]
-    values = [
-        trainer(tmp_path).validate(j, latents_for(j), verbose=False)[0]["val/loss"] for j in (job, once)
-    ]
+    values = [trainer(tmp_path).validate(j, latents_for(j), verbose=False)[0]["val/loss"] for j in (job, once)]
     assert values[0] == pytest.approx(1.5 * values[1], rel=1e-5)
 
 
@@ -104,7 +102,9 @@ def test_a_skipped_clip_counts_for_nothing(tiny_checkpoint: Tiny) -> None:
     job.configure_model()
     clips = latents_for(job).train_dataset()
     one, two = clips[0], clips[1]
-    missing = Batch(ids=two.ids, latents=torch.zeros_like(two.latents), prompts=two.prompts, present=torch.tensor([False]))
+    missing = Batch(
+        ids=two.ids, latents=torch.zeros_like(two.latents), prompts=two.prompts, present=torch.tensor([False])
+    )
 
     def loss(batch: Batch) -> Tensor:
         clean = batch.latents

@@ -64,7 +64,9 @@ def test_min_snr_is_zero_and_finite_where_nothing_is_left_of_the_signal() -> Non
 
 def test_reads_half_precision_predictions_in_float32() -> None:
     step = make_step(SCHEDULES["flow"], torch.full((1,), 0.01), torch.tensor([500.0]))
-    half = DenoisingStep(**{**step.__dict__, "prediction": step.prediction.bfloat16(), "target": step.prediction.bfloat16()})
+    half = DenoisingStep(
+        **{**step.__dict__, "prediction": step.prediction.bfloat16(), "target": step.prediction.bfloat16()}
+    )
     assert Denoising()(half).dtype == torch.float32
 
 

@@ -1,0 +1,130 @@
+"""What the README and the pages show is what runs: their commands and code, taken from the pages themselves."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from muybridge.backbones import load
+from muybridge.cli.front import main
+from muybridge.registry import BACKBONES, VERBS
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(page: str, language: str = "") -> list[str]:
+    """The fenced blocks of a page in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.S | re.M)
+
+
+def commands(page: str) -> list[list[str]]:
+    """Every `muybridge …` line of a page's plain blocks, without its trailing comment."""
+    lines = [line for block in blocks(page) for line in block.splitlines() if line.startswith("muybridge ")]
+    return [shlex.split(line, comments=True)[1:] for line in lines]
+
+
+def is_tiny(command: list[str]) -> bool:
+    return command[0] == "tiny" or "tiny/wan.yaml" in command
+
+
+def test_every_command_of_the_readme_for_a_laptop_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny = [c for c in commands("README.md") if is_tiny(c)]
+    assert [c[0] for c in tiny] == ["tiny", "tiny", "fit", "validate", "predict", "export"]
+    for command in tiny:
+        assert main(command) == 0, command
+    assert list((tmp_path / "runs/tiny").rglob("predictions/*.mp4"))
+    assert load(str(tmp_path / "runs/tiny/exported")).family == "Wan"
+    # The Python example stands after these commands and uses what they made.
+    (example,) = blocks("README.md", "python")
+    names: dict[str, torch.Tensor] = {}
+    exec(example, names)
+    assert names["video"].shape == (1, 3, 9, 16, 16)
+
+
+def test_every_command_of_the_readme_for_real_models_parses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    real = [c for c in commands("README.md") if not is_tiny(c)]
+    assert len(real) >= 4
+    for command in real:
+        # Parsed and printed, not run: nothing is downloaded here.
+        assert main([*command, "--print_config"]) == 0, command
+        printed = yaml.safe_load(capsys.readouterr().out)
+        assert printed["model"]["class_path"].endswith("Finetuning")
+
+
+def test_the_readme_names_every_backbone_and_the_verbs_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [name for name in BACKBONES if name not in text]
+    assert not missing
+    assert {c[0] for c in commands("README.md")} <= set(VERBS)
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    broken = []
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+            if "://" not in target and not (page.parent / target).exists():
+                broken.append(f"{page.name} -> {target}")
+    assert not broken
+
+
+def test_a_backbone_of_the_users_own_works_as_its_page_says(
+    tmp_path: Path, tiny_checkpoint: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = blocks("docs/plug-in-a-backbone.md", "python")
+    # The page's pipeline is made up; the tiny Wan stands in for it.
+    (tmp_path / "my_family.py").write_text(code.replace('"MyPipeline"', '"WanPipeline"'), encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from my_family import MyFamily  # type: ignore[import-not-found]
+
+    path = str(tiny_checkpoint("wan"))  # type: ignore[operator]
+    mine, ours = MyFamily(path, max_text_length=226).materialize(), load(path, max_text_length=226)
+    text = mine.encode_text(["a dog"])
+    noise = torch.randn(1, *mine.latent_shape(9, 16, 16), generator=torch.Generator().manual_seed(0))
+    assert mine.matching(mine.motion_projections()) == ours.matching(ours.motion_projections())
+    torch.testing.assert_close(mine.sample(noise, text, 2), ours.sample(noise, ours.encode_text(["a dog"]), 2))
+    sys.modules.pop("my_family")
+
+
+def test_a_datamodule_of_the_users_own_works_as_its_page_says(
+    tmp_path: Path, tiny_checkpoint: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = blocks("docs/plug-in-a-datamodule.md", "python")
+    (data,) = blocks("docs/plug-in-a-datamodule.md", "yaml")
+    (tmp_path / "my_data.py").write_text(code, encoding="utf-8")
+    (tmp_path / "data.yaml").write_text(data, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    checkpoint = tiny_checkpoint("wan")  # type: ignore[operator]
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        yaml.safe_dump(
+            {
+                "trainer": {
+                    "accelerator": "cpu",
+                    "devices": 1,
+                    "max_steps": 2,
+                    "logger": False,
+                    "enable_progress_bar": False,
+                },
+                "model": {
+                    "class_path": "Finetuning",
+                    "init_args": {
+                        "backbone": {"class_path": "Pretrained", "init_args": {"path": str(checkpoint)}},
+                        "losses": [{"class_path": "Denoising"}],
+                    },
+                },
+            }
+        ),
+        encoding="utf-8",
+    )
+    assert main(["fit", "-c", "job.yaml", "-c", "data.yaml", "--trainer.default_root_dir", str(tmp_path / "run")]) == 0
