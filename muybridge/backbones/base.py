@@ -189,12 +189,15 @@ class Backbone(nn.Module, ABC):
     @property
     def network(self) -> nn.Module:
         """The denoising network (of Wan 2.2's two experts, the one for high noise)."""
+        self._need_network()
+        return next(iter(self.networks.values()))
+
+    def _need_network(self) -> None:
         if not self.networks:
             self._need("denoiser")
             raise RuntimeError(
                 f"{self.family}: the network is not loaded yet; call materialize() or use backbones.load()"
             )
-        return next(iter(self.networks.values()))
 
     @property
     def device(self) -> torch.device:
@@ -256,6 +259,7 @@ class Backbone(nn.Module, ABC):
             t: Times 0..1000, (B,); (B, F) for families with per-frame times.
             conditioning: One per sample.
         """
+        self._need_network()
         if latents.ndim != 5:
             raise ValueError(f"latents of shape {tuple(latents.shape)}: expected (B, C, F, H, W)")
         if t.ndim == 2 and not self.per_frame_times:

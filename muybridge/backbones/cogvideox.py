@@ -63,6 +63,17 @@ class CogVideoX(Backbone):
                 "encode the prompts again with this checkpoint",
             )
 
+        config = self.checkpoint.config("transformer")
+        if self._rotary and config.get("patch_size_t"):
+            limits = int(config.get("sample_height", 60)), int(config.get("sample_width", 90))
+            size = latents.shape[3], latents.shape[4]
+            if size[0] > limits[0] or size[1] > limits[1]:
+                raise UsageError(
+                    f"latents of {size[0]}x{size[1]}",
+                    f"at most {limits[0]}x{limits[1]}: this network's rotary tables end there",
+                    "use smaller frames",
+                )
+
     def _rotary_embedding(self, frames: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """The rotary tables for latents of this size, as the pipeline builds them; the network runs wrongly without."""
         from diffusers.models.embeddings import get_3d_rotary_pos_embed
