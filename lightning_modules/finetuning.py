@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Optional
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from muybridge.backbones.adapters import LoRA, check_lora, inject
 from torch import Tensor, nn
 
 from lightning_modules.base import DiffusionModule, Sampling, freeze
 from lightning_modules.optimization import LearningRate
+from muybridge.backbones.adapters import LoRA, check_lora, inject
 from muybridge.backbones.base import Backbone
 from muybridge.batch import Batch
 from muybridge.diffusion.conditioning import Conditioning
@@ -106,17 +107,14 @@ class Finetuning(DiffusionModule):
             )
         if self.adapter is not None:
             check_lora(self.backbone, self.adapter)
+        if self.trainable is not None:
+            check_trainable(self.backbone, self.trainable)
 
     def prepare(self) -> None:
         if self.adapter is not None:
             inject(self.backbone, self.adapter)
         elif self.trainable is not None:
-            if not freeze(self.backbone.networks, self.trainable):
-                names = [n for n, _ in self.backbone.networks.named_parameters()][:3]
-                raise UsageError(
-                    f"trainable {self.trainable!r} matches no parameter",
-                    f"a regex that matches whole names, such as {', '.join(names)}",
-                )
+            freeze(self.backbone.networks, self.trainable)
         else:
             # An expert that never works in this range would sit in the optimizer without a gradient.
             used = self.backbone.networks_between(*self.timesteps.bounds(self.backbone.schedule))
@@ -249,6 +247,21 @@ class Finetuning(DiffusionModule):
         if self.adapter is not None:
             return [str(p) for p in export_adapter(self.backbone, out)]
         return [str(export_pipeline(self.backbone, out))]
+
+
+def check_trainable(backbone: Backbone, trainable: str) -> None:
+    """Refuse a regex that hits no parameter, before any is loaded."""
+    try:
+        pattern = re.compile(trainable)
+    except re.error as error:
+        raise UsageError(f"trainable {trainable!r} is no regular expression ({error})", "a Python regex") from error
+    names = [f"{net}.{n}" for net in backbone._present_networks() for n, _ in backbone.skeleton(net).named_parameters()]
+    if not any(pattern.fullmatch(name) for name in names):
+        near = [name for name in names if pattern.search(name)][:3] or names[:3]
+        raise UsageError(
+            f"trainable {trainable!r} matches no parameter",
+            f"a regex that matches whole names, such as {', '.join(near)}",
+        )
 
 
 def unique_names(losses: Sequence[nn.Module]) -> list[str]:

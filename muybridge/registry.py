@@ -65,7 +65,9 @@ VERBS: dict[str, Verb] = {
     "test": Verb("measure the loss on the test clips", "loop"),
     "predict": Verb("make videos", "loop"),
     "export": Verb("turn a checkpoint into a diffusers pipeline, or into adapter files", "job"),
+    "cache": Verb("encode latents and text embeddings once, for training without VAE and text encoder", "job"),
     "consolidate": Verb("turn a sharded checkpoint folder into one file", "tool"),
+    "demo": Verb("a first run from nothing: fit, predict and export a tiny model on toy clips", "tool"),
     "tiny": Verb("write a tiny checkpoint with random weights, or toy clips, to try things on", "tool"),
     "list": Verb("list what ships: verbs, backbones, losses, modules, datamodules, callbacks, tiny, configs", "tool"),
 }

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-from muybridge.errors import UsageError, nearest
+from muybridge.cli.spelling import did_you_mean, near
+from muybridge.errors import UsageError
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -86,11 +87,10 @@ def _existing(given: str) -> str:
             "export reads .ckpt, diffusers folders go into the backbone's path",
         )
     beside = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
-    hits = nearest(given, beside)
     raise UsageError(
         f"ckpt_path {given} does not exist",
         "a .ckpt file, a sharded checkpoint folder, last or best",
-        f"did you mean {' or '.join(hits)}?" if hits else f"relative paths are looked up from {Path.cwd()}",
+        did_you_mean(near(given, beside)) or f"relative paths are looked up from {Path.cwd()}",
     )
 
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Optional
 
 import muybridge
-from muybridge.errors import UsageError, did_you_mean
+from muybridge.cli.spelling import did_you_mean, near
+from muybridge.errors import UsageError
 from muybridge.registry import VERBS
 
 USAGE = 2
@@ -55,7 +56,7 @@ def run(arguments: list[str]) -> int:
     if verb.startswith("-"):
         raise UsageError(f"{verb} comes before the verb", "muybridge VERB [options]", f"verbs: {', '.join(VERBS)}")
     if verb not in VERBS:
-        raise UsageError(f"there is no verb {verb!r}", f"one of {', '.join(VERBS)}", did_you_mean(verb, VERBS))
+        raise UsageError(f"there is no verb {verb!r}", f"one of {', '.join(VERBS)}", did_you_mean(near(verb, VERBS)))
     if verb == "list":
         from muybridge.cli.verbs import list as listing
 
@@ -99,9 +100,13 @@ def rank() -> int:
 
 
 def report(error: UsageError) -> None:
-    """Print an error; ranks other than the first use one line, since all of them usually say the same."""
+    """Print an error without a traceback; ranks other than the first use one line, since all of them usually say the same."""
+    text = str(error)
+    if text.startswith("Caught "):
+        # A data worker sends its exception as the text of its traceback, which ends with the message.
+        text = text.rpartition(f"{UsageError.__name__}: ")[2]
     if rank() == 0:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {text}", file=sys.stderr)
     else:
-        print(f"[rank {rank()}] error: " + "; ".join(part.strip() for part in str(error).splitlines()), file=sys.stderr)
+        print(f"[rank {rank()}] error: " + "; ".join(part.strip() for part in text.splitlines()), file=sys.stderr)
     sys.stderr.flush()

@@ -21,7 +21,7 @@ from muybridge import registry
 from muybridge.cli import checkpoints, places
 from muybridge.cli.files import Config, classes_beside
 from muybridge.cli.front import INTERRUPTED, rank
-from muybridge.cli.parser import ShortErrors
+from muybridge.cli.parser import ShortErrors, causes, usage_error
 from muybridge.cli.tools import verb_function
 from muybridge.errors import UsageError
 
@@ -125,6 +125,20 @@ class CLI(LightningCLI):
         """A verb that takes no data builds none: an export needs no clips on the machine."""
         if not self.takes_data:
             self.config[self.verb].pop("data", None)
+
+    def instantiate_classes(self) -> None:
+        """Build everything; an error of a constructor comes out as it was raised.
+
+        jsonargparse says it again in its own words, with the whole configuration.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            said = usage_error(error)
+            if said is not None:
+                raise said from None
+            *_, origin = causes(error)
+            raise origin from None
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The Trainer; what it refuses is the user's to mend."""

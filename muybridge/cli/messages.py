@@ -7,14 +7,14 @@ that got furthest), and :func:`explain` says it as given, expected, to do.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from muybridge.cli.places import ROOMS
-from muybridge.errors import UsageError, nearest
+from muybridge.cli.spelling import did_you_mean, near
+from muybridge.errors import UsageError
 from muybridge.registry import VERBS
 
 LINES = 8
@@ -59,6 +59,7 @@ class Known(Protocol):
 
 _KEY = re.compile(r'Parser key "([^"]+)":\s*(.*)', re.DOTALL)
 _CLASS = re.compile(r"Problem with given class_path '([^']+)':\s*(.*)", re.DOTALL)
+_CALLABLE = re.compile(r"Type .+ expects a function or a callable class: (.*)")
 _UNION = "Does not validate against any of the Union subtypes"
 
 
@@ -71,6 +72,9 @@ def _dedent(lines: list[str]) -> str:
 def read(text: str, keys: tuple[str, ...] = (), classes: tuple[str, ...] = ()) -> list[Leaf]:
     """All leaves of an error text."""
     head, *tail = text.strip("\n").splitlines() or [""]
+    if head.startswith("- Expected a path but") and tail:
+        # A value that may also be a file is reported as a list of two, the second not indented.
+        return read("\n".join([tail[0].removeprefix("- "), *tail[1:]]), keys, classes)
     match = _KEY.match(head)
     if match:
         inner = match.group(2) or _dedent(tail)
@@ -79,6 +83,9 @@ def read(text: str, keys: tuple[str, ...] = (), classes: tuple[str, ...] = ()) -
     match = _CLASS.match(head)
     if match:
         return read(match.group(2) or _dedent(tail), keys, (*classes, match.group(1)))
+    match = _CALLABLE.match(head)
+    if match:
+        return read("\n".join([match.group(1), *tail]), keys, classes)
     if head.startswith(_UNION):
         return _read_union(tail, keys, classes)
     body, _, value = text.partition(". Got value: ")
@@ -94,7 +101,7 @@ def _read_union(lines: list[str], keys: tuple[str, ...], classes: tuple[str, ...
         elif line.startswith("Given value type:"):
             inside = False
         elif line.startswith("Given value: "):
-            value = line.removeprefix("Given value: ")
+            value = line.removeprefix("Given value: ").partition(". Got value: ")[0]
         elif inside and line.startswith("  - "):
             members.append([line[4:]])
         elif inside and members:
@@ -116,6 +123,9 @@ def deepest(leaves: Sequence[Leaf]) -> list[Leaf]:
     best = max(depth(leaf)[:2] for leaf in leaves)
     kept = [leaf for leaf in leaves if depth(leaf)[:2] == best]
     named = [leaf for leaf in kept if _names_a_class(leaf)]
+    plain = [leaf for leaf in kept if re.match(r"Expected a <class '(int|float|bool)'>", leaf.text)]
+    if plain:  # the number was meant; the class is a rarity such as a tensor for a learning rate
+        return [leaf for leaf in kept if leaf not in named and "NoneType" not in leaf.text]
     if named:
         return named[:1]
     return [leaf for leaf in kept if "NoneType" not in leaf.text] or kept
@@ -171,7 +181,16 @@ def explain(text: str, known: Known) -> UsageError:
     """A short error for a long one."""
     leaves = deepest(read(text))
     leaf = leaves[0]
-    for explainer in (_unknown_option, _unknown_class, _ambiguous, _no_module, _no_attribute, _not_a_subclass, _abstract, _missing):
+    for explainer in (
+        _unknown_option,
+        _unknown_class,
+        _ambiguous,
+        _no_module,
+        _no_attribute,
+        _not_a_subclass,
+        _abstract,
+        _missing,
+    ):
         found = explainer(leaf, known)
         if found:
             return found
@@ -198,6 +217,12 @@ def _unknown_option(leaf: Leaf, known: Known) -> UsageError | None:
     place = known.where([*leaf.keys, *parts[:-1]], parts[-1])
     dashes = "" if place else "--"
     expected = f"an option of {owner}" if owner else "an option of this verb"
+    if not hits and owner in ("LightningModule", "LightningDataModule"):
+        return UsageError(
+            f"{_dotted(leaf.keys)} has options and no class{_at(place)}",
+            "class_path: NAME beside init_args:",
+            f"muybridge list {'modules' if owner == 'LightningModule' else 'datamodules'}",
+        )
     if not hits:
         siblings = {
             o[len(".".join(parts[:-1])) :].strip(".").split(".")[0]
@@ -208,23 +233,8 @@ def _unknown_option(leaf: Leaf, known: Known) -> UsageError | None:
     return UsageError(
         f"unknown {'key' if place else 'option'} {dashes}{_dotted([*leaf.keys, wrong])}{_at(place)}",
         expected,
-        _did_you_mean(dashes + _dotted([*leaf.keys, hit]) for hit in hits),
+        did_you_mean(dashes + _dotted([*leaf.keys, hit]) for hit in hits),
     )
-
-
-def _did_you_mean(hits: Iterable[str]) -> str:
-    hits = list(hits)
-    return f"did you mean {' or '.join(hits)}?" if hits else ""
-
-
-def near(name: str, options: Iterable[str]) -> list[str]:
-    """The nearest options: the best, and others only where they are about as near."""
-
-    def likeness(option: str) -> float:
-        return difflib.SequenceMatcher(None, name.lower(), option.lower()).ratio()
-
-    hits = nearest(name, options)
-    return [hit for hit in hits if likeness(hit) > likeness(hits[0]) - 0.05]
 
 
 def closest(name: str, options: Sequence[str]) -> tuple[list[str], str]:
@@ -256,7 +266,7 @@ def _unknown_class(leaf: Leaf, known: Known) -> UsageError | None:
     return UsageError(
         f"{_dotted(leaf.keys)}: there is no class {name}{_at(known.where(leaf.keys, name))}",
         f"{shipped}, or the import path of your own such as my_file.{name}",
-        _did_you_mean(hits),
+        did_you_mean(hits),
     )
 
 
@@ -292,7 +302,7 @@ def _no_module(leaf: Leaf, known: Known) -> UsageError | None:
     if room in ROOMS:
         hint = f"{room} is muybridge's own package: give yours another name"
     else:
-        hint = _did_you_mean(near(path, yours) or near(name, known.classes_for(leaf.keys, leaf.classes[:-1])))
+        hint = did_you_mean(near(path, yours) or near(name, known.classes_for(leaf.keys, leaf.classes[:-1])))
     return UsageError(
         f"{keys}: there is no module {missing}, named by class_path {path}{_at(place)}",
         "a file next to the config or in the current directory, or an installed package",
@@ -307,7 +317,7 @@ def _no_attribute(leaf: Leaf, known: Known) -> UsageError | None:
     module, name = match.groups()
     inside = known.public(module)
     options = known.classes_for(leaf.keys, leaf.classes[:-1])
-    hint = _did_you_mean([f"{module}.{n}" for n in near(name, inside)] or near(name, options))
+    hint = did_you_mean([f"{module}.{n}" for n in near(name, inside)] or near(name, options))
     if not hint and module in ROOMS:
         hint = f"{module} is muybridge's own package: give yours another name"
     return UsageError(
@@ -358,6 +368,19 @@ def _missing(leaf: Leaf, known: Known) -> UsageError | None:
     )
 
 
+EXPLAINERS = (
+    _unknown_option,
+    _unknown_class,
+    _ambiguous,
+    _no_module,
+    _no_attribute,
+    _not_a_subclass,
+    _abstract,
+    _missing,
+)
+"""Each knows one kind of objection; what none knows is a wrong value."""
+
+
 def _wrong_value(leaves: Sequence[Leaf], known: Known) -> UsageError:
     leaf = leaves[0]
     value = next((x.value for x in leaves if x.value), "")
@@ -382,7 +405,7 @@ def _wrong_value(leaves: Sequence[Leaf], known: Known) -> UsageError:
         if value
         else f"{keys} can't be read{_at(known.where(leaf.keys[:-1], leaf.keys[-1]))}"
     )
-    hint = _did_you_mean(near(value, choices))
+    hint = did_you_mean(near(value, choices))
     if "a list" in expected and value.startswith("{"):
         hint = "in YAML, put '- ' before the first key of each element"
     return UsageError(given, expected, hint)

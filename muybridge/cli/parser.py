@@ -15,6 +15,7 @@ import jsonargparse
 from muybridge import registry
 from muybridge.cli.files import Config, classes_beside
 from muybridge.cli.messages import explain
+from muybridge.errors import UsageError
 
 
 class ShortErrors(jsonargparse.ArgumentParser):
@@ -29,8 +30,23 @@ class ShortErrors(jsonargparse.ArgumentParser):
     def error(self, message: str, ex: Optional[Exception] = None) -> NoReturn:
         if not self.exit_on_error:
             raise argparse.ArgumentError(None, message) from ex
+        said = usage_error(ex)
+        if said is not None:
+            raise said from ex
         parser = getattr(ex, "subcommand_parser", None) or self
         raise explain(str(message), Program(parser, self.configs)) from ex
+
+
+def causes(error: Optional[BaseException]) -> Iterator[BaseException]:
+    """An exception and what led to it, the origin last."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def usage_error(error: Optional[BaseException]) -> Optional[UsageError]:
+    """The error of a constructor or a check that jsonargparse wrapped into its own."""
+    return next((e for e in causes(error) if isinstance(e, UsageError)), None)
 
 
 class Program:

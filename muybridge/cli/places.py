@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import muybridge
-from muybridge.errors import UsageError, nearest
+from muybridge.cli.spelling import did_you_mean, near
+from muybridge.errors import UsageError
 
 ROOMS = ("lightning_modules", "datamodules", "callbacks")
 """Our packages with names that a user's project may have too."""
@@ -50,11 +51,11 @@ def find_config(given: str) -> Path:
         if shipped.is_file():
             return shipped
     beside = [str(p) for p in local.parent.glob("*.y*ml")] if local.parent.is_dir() else []
-    hits = nearest(given, [*beside, *shipped_configs()])
+    hits = near(given, [*beside, *shipped_configs()])
     raise UsageError(
         f"config file {given} {'is a directory' if local.is_dir() else 'does not exist'}",
         f"a YAML file, looked up from {Path.cwd()} and then among the shipped ones",
-        f"did you mean {' or '.join(hits)}?" if hits else "muybridge list configs",
+        did_you_mean(hits) or "muybridge list configs",
     )
 
 

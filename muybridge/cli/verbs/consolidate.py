@@ -15,7 +15,11 @@ def consolidate(path: str, *, out: str) -> None:
         out: The file to write.
     """
     if not Path(path).is_dir():
-        raise UsageError(f"checkpoint folder {path} does not exist", "a folder that a run with FullyShard wrote", f"looked up from {Path.cwd()}")
+        raise UsageError(
+            f"checkpoint folder {path} does not exist",
+            "a folder that a run with FullyShard wrote",
+            f"looked up from {Path.cwd()}",
+        )
     if Path(out).exists():
         raise UsageError(f"{out} exists", "a new file", "choose another --out, or remove it first")
     from lightning_modules.parallel import consolidate as write

@@ -36,7 +36,9 @@ def export(trainer: Any, model: Any, ckpt_path: str, out: str, average: bool = T
             f"{type(model).__name__} has no export(out)", "a job that muybridge ships, or one of yours with this method"
         )
     if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
-        raise UsageError(f"{out} exists and is not empty", "a new directory", "choose another --out, or remove it first")
+        raise UsageError(
+            f"{out} exists and is not empty", "a new directory", "choose another --out, or remove it first"
+        )
 
     def write() -> Any:
         kept = getattr(model, "average", None)

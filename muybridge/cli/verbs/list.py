@@ -9,7 +9,8 @@ from typing import Optional
 
 from muybridge import registry
 from muybridge.cli.places import configs_dir, home, shipped_configs
-from muybridge.errors import UsageError, did_you_mean
+from muybridge.cli.spelling import did_you_mean, near
+from muybridge.errors import UsageError
 
 Row = tuple[str, ...]
 
@@ -55,7 +56,9 @@ def backbones() -> list[Row]:
 def tiny() -> list[Row]:
     """Names of the tiny checkpoints: the keys of ``muybridge.tiny.MAKERS``."""
     made = next(
-        n for n in _source("muybridge.tiny").body if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == "MAKERS"
+        n
+        for n in _source("muybridge.tiny.pipelines").body
+        if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == "MAKERS"
     )
     assert isinstance(made.value, ast.Dict)
     return [(str(ast.literal_eval(key)),) for key in made.value.keys if key is not None]
@@ -111,6 +114,6 @@ def run(arguments: list[str]) -> int:
         return 0
     for kind in arguments:
         if kind not in KINDS:
-            raise UsageError(f"can't list {kind!r}", f"one of {', '.join(KINDS)}", did_you_mean(kind, KINDS))
+            raise UsageError(f"can't list {kind!r}", f"one of {', '.join(KINDS)}", did_you_mean(near(kind, KINDS)))
     print("\n\n".join(table(kind) for kind in arguments or KINDS))
     return 0
