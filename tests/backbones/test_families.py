@@ -504,6 +504,28 @@ def test_motion_projections_hit_what_carries_motion_and_nothing_else(name: str, 
             assert not re.fullmatch(backbone.cross_attention, hit.rsplit(".to_", 1)[0])
 
 
+@pytest.mark.parametrize(
+    ("family", "network", "sizes", "expected"),
+    [
+        ("Wan", "WanTransformer3DModel", {}, 80),
+        ("CogVideoX", "CogVideoXTransformer3DModel", {"num_layers": 42, "num_attention_heads": 48}, 84),
+        ("UNet3D", "UNet3DConditionModel", {}, 68),
+        ("HunyuanVideo", "HunyuanVideoTransformer3DModel", {}, 80),
+        ("LTX", "LTXVideoTransformer3DModel", {}, 56),
+        ("Mochi", "MochiTransformer3DModel", {}, 96),
+        ("AnimateDiff", "UNetMotionModel", {}, 84),
+    ],
+)
+def test_motion_projections_of_published_sizes(family: str, network: str, sizes: dict[str, int], expected: int) -> None:
+    import diffusers
+
+    cls = getattr(backbones, family)
+    pattern = re.compile(rf"(?:{cls.temporal_attention})\.(?:{cls.projections['v']}|{cls.projections['o']})")
+    with torch.device("meta"):
+        model = getattr(diffusers, network)(**sizes)
+    assert sum(bool(pattern.fullmatch(n)) for n, m in model.named_modules() if isinstance(m, nn.Linear)) == expected
+
+
 @every
 def test_attention_regexes_hit_the_attention_modules(name: str, opened: Open) -> None:
     backbone = opened(name)
