@@ -14,6 +14,7 @@ from datamodules.base import ResumableData
 from datamodules.collate import collate
 from muybridge.batch import Batch
 from muybridge.data.cache import Cache
+from muybridge.data.encoding import Material
 from muybridge.errors import UsageError
 
 
@@ -126,6 +127,10 @@ class PromptData(ResumableData):
         if self.cache_path is not None and self.cache is None:
             self.cache = Cache(self.cache_path)
             self.cache.check_texts(self.texts)
+
+    def to_cache(self) -> Material:
+        """What ``muybridge cache`` encodes: the prompts."""
+        return Material(texts=self.texts)
 
     def train_dataset(self) -> PromptDataset:
         return PromptDataset(self.ids, self.texts, self.cache)

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from datamodules.base import ResumableData
 from muybridge.data.cache import Cache
+from muybridge.data.encoding import Material
 from muybridge.data.trajectories import Trajectories, TrajectoryBatch
 from muybridge.errors import UsageError
 
@@ -59,11 +60,14 @@ class TrajectoryData(ResumableData):
         trajectories = Trajectories(self.path)
         if not trajectories.ids:
             raise UsageError(f"{self.path} holds no trajectory", "at least one", "write some first")
+        self._trajectories = trajectories
         if self.cache_path is not None:
             self.cache = Cache(self.cache_path)
-            prompts = trajectories.rows.table["prompt"].unique().to_pylist()
-            self.cache.check_texts(prompts)
-        self._trajectories = trajectories
+            self.cache.check_texts(trajectories.prompts)
+
+    def to_cache(self) -> Material:
+        """What ``muybridge cache`` encodes: the prompts."""
+        return Material(texts=Trajectories(self.path).prompts)
 
     def train_dataset(self) -> Dataset[Any]:
         assert self._trajectories is not None

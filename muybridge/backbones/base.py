@@ -119,6 +119,8 @@ class Backbone(nn.Module, ABC):
         self.schedule: NoiseSchedule = self._make_schedule(self.checkpoint.config("scheduler"))
         self.geometry: Geometry = self._make_geometry()
         self.networks = nn.ModuleDict()
+        self.idle_device = torch.device("cpu")
+        """Where the VAE and the text encoder work while no network is loaded."""
         # A plain dict: what it holds is neither trained nor moved nor saved with the module.
         self._parts: dict[str, Any] = {}
         self._empty_text: dict[str, Conditioning] = {}
@@ -203,7 +205,7 @@ class Backbone(nn.Module, ABC):
     def device(self) -> torch.device:
         """Where the network lies."""
         parameter = next(self.parameters(), None)
-        return parameter.device if parameter is not None else torch.device("cpu")
+        return parameter.device if parameter is not None else self.idle_device
 
     def _need(self, component: Component) -> None:
         if component not in self.components:

@@ -35,6 +35,8 @@ COLUMNS = pa.schema(
 )
 """What every index holds: where a row lies, the names of its tensors, the shape of the first, size and checksum of all."""
 
+SHARD_BYTES = 512 * 2**20
+"""Size of a shard where nothing else is said."""
 _SIZE = b"shard_bytes"
 _ABANDONED = 3600.0
 """Seconds after which a shard that no part lists is taken for what a killed run left behind."""
@@ -82,7 +84,7 @@ class ShardWriter:
         self,
         folder: str | Path,
         columns: Optional[pa.Schema] = None,
-        shard_bytes: int = 512 * 2**20,
+        shard_bytes: int = SHARD_BYTES,
         shard_rows: int = 4096,
         seconds: float = 300.0,
     ) -> None:
@@ -239,7 +241,7 @@ class ShardReader:
         for name, expected in zip(self.table["id"].to_pylist(), self.table["crc32"].to_pylist(), strict=True):
             found = checksum(self.read(name))
             if found != expected:
-                wrong[name] = f"checksum {found:08x}, written as {expected:08x}"
+                wrong[name] = f"checksum {found:08x} in {self.info(name, 'shard')[0]}, written as {expected:08x}"
         return wrong
 
 

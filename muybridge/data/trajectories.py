@@ -184,6 +184,11 @@ class Trajectories:
         """All ids, sorted, so that the order does not depend on which rank wrote what."""
         return sorted(self.rows)
 
+    @property
+    def prompts(self) -> list[str]:
+        """The distinct prompts."""
+        return list(dict.fromkeys(self.rows.table["prompt"].to_pylist())) if len(self.rows) else []
+
     def read(self, id: str) -> TrajectoryBatch:
         """One trajectory as a batch of one."""
         prompt, times = self.rows.info(id, "prompt", "times")

@@ -1,0 +1,259 @@
+"""Latents and text embeddings encoded once, for every later run."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+from muybridge.errors import UsageError
+
+TRAINER = {"strategy": "auto", "devices": 1, "num_nodes": 1, "logger": False, "plugins": None}
+"""Every rank works by itself: nothing is exchanged, so that one that dies takes no other with it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a rank is to do; travels to other processes.
+
+    Args:
+        backbone: Encodes.
+        datamodule: Knows the clips and texts.
+        texts: Further texts.
+        negative_prompts: Unconditional branches beside the empty one.
+        out: The cache.
+        dtype: What latents are kept in.
+        shard_mib: Size of a shard.
+        device: Kind of device.
+    """
+
+    backbone: Any
+    datamodule: Any
+    texts: list[str]
+    negative_prompts: list[str]
+    out: str
+    dtype: str
+    shard_mib: float
+    device: str
+
+
+def cache(
+    trainer: Any,
+    model: Any,
+    datamodule: Any,
+    out: str,
+    prompts: Optional[str] = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    shard_mib: float = 512.0,
+    devices: int = 1,
+    verify: bool = False,
+) -> None:
+    """Encode latents and text embeddings once; later runs then load neither VAE nor text encoder.
+
+    Run it again after it was stopped, or after the clips changed: it encodes what is missing. Under torchrun or srun the ranks
+    share the work.
+
+    Args:
+        trainer: Says which kind of device.
+        model: Its backbone encodes.
+        datamodule: What is encoded: the clips of VideoData, the prompts of PromptData or TrajectoryData.
+        out: The cache, a new folder or one that is to be completed.
+        prompts: A file of further texts to embed, such as those sampled during training (those of the config are anyway).
+        dtype: What latents are kept in; float32 gives training exactly what encoding on the fly gives.
+        shard_mib: Size of a file in MiB.
+        devices: Processes on this machine, each with its own device.
+        verify: Read the finished cache back whole, and compare with the checksums of what was written.
+    """
+    from datamodules.prompts import read_prompts
+    from muybridge.data.cache import Share
+
+    if not callable(getattr(datamodule, "to_cache", None)):
+        raise UsageError(
+            f"{type(datamodule).__name__} has nothing to cache",
+            "VideoData, PromptData or TrajectoryData, or one of yours with to_cache()",
+        )
+    if devices < 1 or shard_mib <= 0:
+        raise UsageError(f"devices is {devices} and shard_mib is {shard_mib}", "at least 1, and above 0")
+    rank, world, local = launched()
+    if world > 1 and devices > 1:
+        raise UsageError(
+            f"--devices {devices} under a launcher that started {world} ranks", "one of the two", "leave --devices out"
+        )
+    sampling = getattr(model, "sampling", None)
+    texts = [p for callback in trainer.callbacks for p in getattr(callback, "prompts", ())]
+    job = Job(
+        backbone=model.sampled,
+        datamodule=datamodule,
+        texts=[*texts, *(read_prompts(prompts)[1] if prompts is not None else ())],
+        negative_prompts=[sampling.negative_prompt] if sampling is not None and sampling.negative_prompt else [],
+        out=out,
+        dtype=dtype,
+        shard_mib=shard_mib,
+        device=trainer.strategy.root_device.type,
+    )
+    if devices == 1:
+        encode(job, Share(rank, world), local)
+    else:
+        spread(job, devices)
+    if rank == 0:
+        report(out, verify, alone=world == 1)
+
+
+def launched() -> tuple[int, int, int]:
+    """Rank, number of ranks and rank on this machine, as torchrun or srun tell them."""
+    names = [("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")]
+    for triple in names:
+        values = [os.environ.get(name, "") for name in triple]
+        if all(v.isdigit() for v in values):
+            rank, world, local = map(int, values)
+            return rank, world, local
+    return 0, 1, 0
+
+
+def encode(job: Job, share: Any, local: int) -> None:
+    """One rank's work."""
+    import torch
+
+    from muybridge.backbones.base import ALL_COMPONENTS
+    from muybridge.cli.progress import Progress
+    from muybridge.data.encoding import encode_clips, encode_texts
+
+    backbone, first = job.backbone, share.rank == 0
+    # A config for training from this cache may already say that the denoiser is all it loads.
+    backbone.components = ALL_COMPONENTS
+    device = torch.device(job.device, local) if job.device == "cuda" else torch.device(job.device)
+    backbone.idle_device = device
+    job.datamodule.setup("fit")
+    material = job.datamodule.to_cache()
+    label = f" (rank 0 of {share.world})" if share.world > 1 else ""
+    shard_bytes = int(job.shard_mib * 2**20)
+    parts = [(Path(job.out), material.clips, [*job.texts, *material.texts])]
+    if material.validation is not None:
+        parts.append((Path(job.out) / "validation", material.validation, []))
+    with leaving_at_sigterm():
+        for out, source, extra in parts:
+            captions = [clip.caption or "" for clip in source.clips] if source is not None else []
+            if source is not None and len(source.clips):
+                backbone.check_clip(*source[0].pixels.shape[2:])
+
+            def watch(what: str, count: int, out: Path = out) -> Progress:
+                return Progress(f"{out.name}: {what}{label}", count, show=first)
+
+            encode_texts(out, backbone, [*captions, *extra], job.negative_prompts, share, watch, shard_bytes)
+        backbone.release("text_encoder")
+        for out, source, _ in parts:
+            if source is None:
+                continue
+
+            def watch(what: str, count: int, out: Path = out) -> Progress:
+                return Progress(f"{out.name}: {what}{label}", count, show=first)
+
+            encode_clips(
+                out,
+                backbone,
+                source,
+                share,
+                functools.partial(read, workers=job.datamodule.num_workers),
+                watch,
+                getattr(torch, job.dtype),
+                shard_bytes=shard_bytes,
+            )
+
+
+def read(source: Any, places: list[int], workers: int) -> Iterable[Any]:
+    """The batches at some places, decoded ahead by worker processes."""
+    from torch.utils.data import DataLoader, Subset
+
+    from datamodules.sampling import outlive_notice
+
+    return DataLoader(Subset(source, places), batch_size=None, num_workers=workers, worker_init_fn=outlive_notice)
+
+
+@contextmanager
+def leaving_at_sigterm() -> Iterator[None]:
+    """Let a scheduler's SIGTERM end the process as Ctrl-C does: what is encoded is written first."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _rank(job: Job, rank: int, world: int) -> None:
+    from muybridge.cli.front import USAGE
+    from muybridge.data.cache import Share
+
+    try:
+        encode(job, Share(rank, world), rank)
+    except UsageError as error:
+        print(f"[rank {rank}] error: {error}", file=sys.stderr)
+        sys.exit(USAGE)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+def spread(job: Job, count: int) -> None:
+    """The work on several processes; the first that fails ends the others, which write what they have."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_rank, args=(job, rank, count)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    try:
+        waiting = list(processes)
+        while waiting:
+            multiprocessing.connection.wait([p.sentinel for p in waiting])
+            waiting = [p for p in processes if p.exitcode is None]
+            if any(p.exitcode for p in processes):
+                break
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
+        for process in processes:
+            process.join()
+    codes = [p.exitcode for p in processes if p.exitcode]
+    if codes:
+        raise SystemExit(codes[0] if codes[0] > 0 else 128 - codes[0])
+
+
+def report(out: str, verify: bool, alone: bool) -> None:
+    """Say what a cache holds now."""
+    from muybridge.data.cache import Cache
+
+    for path in (Path(out), Path(out) / "validation"):
+        if not path.is_dir():
+            continue
+        made = Cache(path)
+        held = [f"{len(made.ids)} clips"] if "latents" in made.columns else []
+        held += [f"{len(made.texts)} texts"] if "text" in made.columns else []
+        size = sum(f.stat().st_size for name in made.columns for f in (path / name).glob("*.safetensors"))
+        print(
+            f"{path}: {', '.join(held)}, {size / 2**20:.1f} MiB"
+            + ("" if alone else " so far (other ranks may still be at work)")
+        )
+        bad = made.bad if "latents" in made.columns else {}
+        for name, why in list(bad.items())[:5]:
+            print(f"  skipped {name}: {why}")
+        if len(bad) > 5:
+            print(f"  skipped {len(bad) - 5} more")
+        if verify:
+            wrong = made.verify()
+            if wrong:
+                name, why = next(iter(wrong.items()))
+                raise UsageError(
+                    f"{len(wrong)} rows of {path} are not as they were written, first {name}: {why}",
+                    "rows whose checksums agree",
+                    "the disk or a copy of it is damaged: remove the shards these rows are in, and run this again",
+                )
+            print("  every row is as it was written")
