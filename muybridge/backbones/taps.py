@@ -504,7 +504,7 @@ class AttentionTap:
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
 
     def _see(self, *args: Any, **kwargs: Any) -> None:
-        if self._visits and not _recomputing():
+        if self._visits:
             self._visits[-1].calls.append(_Call.of(*args, **kwargs))
 
     # -- records ---------------------------------------------------------------------------------------------------

@@ -200,6 +200,7 @@ def test_recomputation_inside_the_tap_adds_no_record(name: str, tiny_checkpoint:
         count = len(tap.records)
         (prediction.pow(2).mean() + map_loss(tap.records)).backward()
         assert len(tap.records) == count == len(tap._tapped[next(iter(tap._tapped))])
+        assert not tap._visits
     assert noisy.grad is not None
     assert_untouched(backbone)
 

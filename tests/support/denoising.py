@@ -11,6 +11,7 @@ from muybridge.backbones import Backbone, load
 from muybridge.diffusion import Conditioning
 
 PROMPTS = ["a dog", "a much longer prompt about a cat", "rain"]
+_ENCODED: dict[str, Conditioning] = {}
 
 
 def open_tiny(path: Path, gradient_checkpointing: bool = False) -> Backbone:
@@ -24,4 +25,7 @@ def denoising_inputs(backbone: Backbone, samples: int = 2, t: float = 900.0) -> 
     frames = geometry.frames or (4 if geometry.patch[0] == 2 else 3)
     generator = torch.Generator().manual_seed(5)
     latents = torch.randn(samples, geometry.channels, frames, 8, 8, generator=generator)
-    return latents, torch.full((samples,), t), backbone.encode_text(PROMPTS[:samples])
+    path = str(backbone.checkpoint.path)
+    if path not in _ENCODED:
+        _ENCODED[path] = backbone.encode_text(PROMPTS)
+    return latents, torch.full((samples,), t), _ENCODED[path][:samples]
