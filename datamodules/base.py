@@ -52,6 +52,18 @@ class ResumableData(pl.LightningDataModule):
         """One for each training clip where an epoch is drawn with replacement; ``None`` where every clip comes once."""
         return None
 
+    def make_sampler(self, dataset: Dataset[Any], **ranks: int) -> ResumableSampler:
+        """Which of them come when; a subclass may have its own order."""
+        return ResumableSampler(
+            len(dataset),  # type: ignore[arg-type]
+            self.batch_size,
+            shuffle=self.shuffle,
+            seed=self.seed,
+            drop_last=self.drop_last,
+            weights=self.sample_weights(),
+            **ranks,
+        )
+
     # Not a method, or every worker that is not forked would be sent the datamodule and its trainer.
     collate: Callable[[Sequence[Any]], Any] = staticmethod(collate)
     """Single clips to one batch."""
@@ -61,15 +73,7 @@ class ResumableData(pl.LightningDataModule):
         dataset = self.train_dataset()
         trainer = self.trainer
         ranks = (trainer.distributed_sampler_kwargs if trainer is not None else None) or {"num_replicas": 1, "rank": 0}
-        sampler = ResumableSampler(
-            len(dataset),  # type: ignore[arg-type]
-            self.batch_size,
-            shuffle=self.shuffle,
-            seed=self.seed,
-            drop_last=self.drop_last,
-            weights=self.sample_weights(),
-            **ranks,
-        )
+        sampler = self.make_sampler(dataset, **ranks)
         if self._sampler is not None and self._sampler_of is trainer:
             # Lightning asks again within a run (reload_dataloaders_every_n_epochs, a second fit).
             sampler.enter(*self._sampler.following)

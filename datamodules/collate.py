@@ -20,7 +20,9 @@ def collate(clips: Sequence[Batch]) -> Batch:
             return None
         shapes = {tuple(v.shape[1:]) if v is not None else None for v in values}
         if len(shapes) > 1:
-            raise UsageError(f"clips of {len(shapes)} shapes in one batch: {name} {sorted(map(str, shapes))}", "one shape a batch")
+            raise UsageError(
+                f"clips of {len(shapes)} shapes in one batch: {name} {sorted(map(str, shapes))}", "one shape a batch"
+            )
         return torch.cat(values)
 
     conditionings = [clip.conditioning for clip in clips if clip.conditioning is not None]
@@ -32,9 +34,18 @@ def collate(clips: Sequence[Batch]) -> Batch:
         prompts=[p for part in prompts for p in part] if prompts else None,
         conditioning=Conditioning.cat(conditionings) if conditionings else None,
         weights=tensors("weights"),
-        fps=clips[0].fps,
+        fps=rate(clips),
         present=None if all(c.present is None for c in clips) else torch.cat([present(c) for c in clips]),
+        remarks=None
+        if all(c.remarks is None for c in clips)
+        else [r for c in clips for r in c.remarks or [""] * len(c)],
     )
+
+
+def rate(clips: Sequence[Batch]) -> float | None:
+    """The one rate of all clips; ``None`` where they differ, since a batch has room for one."""
+    rates = [clip.fps for clip in clips if clip.fps is not None]
+    return rates[0] if rates and max(rates) - min(rates) <= 0.01 * rates[0] else None
 
 
 def present(clip: Batch) -> torch.Tensor:

@@ -26,6 +26,7 @@ class Batch:
         fps: Frames per second of the clips.
         present: (B,), False for a clip that could not be read and was skipped: its pixels are zero and no loss may count it.
             A skipped clip keeps its slot, so that every rank still takes the same number of steps. ``None``: all are there.
+        remarks: What there is to say of each clip, mostly nothing; of a skipped one, why.
     """
 
     ids: list[str]
@@ -36,6 +37,7 @@ class Batch:
     weights: Optional[Tensor] = None
     fps: Optional[float] = None
     present: Optional[Tensor] = None
+    remarks: Optional[list[str]] = None
 
     def __post_init__(self) -> None:
         for field in fields(self):

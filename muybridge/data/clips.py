@@ -17,12 +17,26 @@ class Clip:
             source frames where the clip is a part of the video. Influence scores, selections, caches and noise refer to it.
         path: The file.
         caption: Its text; ``None`` where the source has none for it.
-        frames: Source frame numbers to decode, in order; ``None`` until the file's length is known.
+        span: The part of the video it is, source frames from ``start`` to below ``stop``; all of it where not given.
+        crop: The part of the picture that may be used, (left, right, top, bottom) in source pixels; all of it where not given.
+        problem: Why it can't be used, where the source alone tells (such as a caption that is not UTF-8).
         extra: Further columns of the source, as text.
     """
 
     id: str
     path: Path
     caption: Optional[str] = None
-    frames: Optional[tuple[int, ...]] = None
+    span: Optional[tuple[int, int]] = None
+    crop: Optional[tuple[int, int, int, int]] = None
+    problem: Optional[str] = None
     extra: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The id of the whole video."""
+        return self.id.rpartition("@")[0] if self.span is not None else self.id
+
+
+def part(name: str, start: int, stop: int) -> str:
+    """The id of the source frames from ``start`` to below ``stop`` of a video."""
+    return f"{name}@{start}-{stop}"

@@ -1,0 +1,210 @@
+"""Clips of several shapes and lengths, each batch of one: which clip goes where, how many are left out, and in what order.
+
+A clip goes to the bucket that keeps most of it: of the frames and pixels its video has, the share that the clip still holds.
+Cropping loses what sticks out, shrinking loses detail, a short bucket loses time; enlarging gains nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Optional
+
+import torch
+
+from muybridge.data.account import kind
+from muybridge.data.decoding import Size
+from muybridge.data.framing import Framing, Region, place
+from muybridge.diffusion.draws import keyed_generator
+from muybridge.errors import UsageError
+
+Leftover = Literal["pad", "drop"]
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """A shape of clips.
+
+    Args:
+        frames: Frames of a clip.
+        height: Height in pixels.
+        width: Width in pixels.
+    """
+
+    frames: int
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if min(self.frames, self.height, self.width) < 1:
+            raise UsageError(f"clips of {self}", "1 or more of each")
+
+    @property
+    def size(self) -> Size:
+        """Height and width."""
+        return self.height, self.width
+
+    def __str__(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+
+def kept(
+    bucket: Bucket, frames: float, source: Size, framing: Framing = "crop", region: Optional[Region] = None
+) -> float:
+    """The share of a video, in frames times pixels, that a clip of this bucket holds; 0 where the video is too short.
+
+    Args:
+        bucket: The bucket.
+        frames: How many frames the video has at the clip's rate.
+        source: Its size.
+        framing: How it is brought to the bucket's size.
+        region: The part of the picture that may be used.
+    """
+    if frames < bucket.frames:
+        return 0.0
+    placement = place(source, bucket.size, framing, region)
+    left, right, top, bottom = region or (0, source[1], 0, source[0])
+    scale = placement.scaled[0] / source[0] * placement.scaled[1] / source[1]
+    # Enlarged pixels hold no more than the source's own.
+    return bucket.frames / frames * (placement.kept / max(scale, 1.0)) / ((right - left) * (bottom - top))
+
+
+def assign(
+    buckets: Sequence[Bucket], frames: float, source: Size, framing: Framing = "crop", region: Optional[Region] = None
+) -> Optional[int]:
+    """The bucket that keeps most of a video, the smaller of two that keep as much; ``None`` where all are too long for it."""
+
+    def merit(number: int) -> tuple[float, int]:
+        bucket = buckets[number]
+        return round(kept(bucket, frames, source, framing, region), 6), -bucket.height * bucket.width
+
+    best = max(range(len(buckets)), key=merit)
+    return best if merit(best)[0] > 0 else None
+
+
+class BucketBatches:
+    """The order of an epoch in which every global batch is of one bucket.
+
+    Args:
+        bucket_of: The bucket of every sample; ``None`` for those that are left out.
+        global_batch: Samples of a step, on all ranks together.
+        leftover: Where a bucket does not fill its last batch: ``pad`` fills it up with the bucket's own first samples,
+            ``drop`` leaves those samples out of this epoch.
+        seed: The order is a function of it and the epoch.
+        shuffle: Draw a new order every epoch; samples and batches stay as they are listed where not.
+    """
+
+    def __init__(
+        self,
+        bucket_of: Sequence[Optional[int]],
+        global_batch: int,
+        leftover: Leftover = "pad",
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        self.global_batch, self.leftover, self.seed, self.shuffle = global_batch, leftover, seed, shuffle
+        self.members: dict[int, list[int]] = {}
+        for sample, bucket in enumerate(bucket_of):
+            if bucket is not None:
+                self.members.setdefault(bucket, []).append(sample)
+        if not len(self):
+            raise UsageError(
+                f"no bucket holds the {global_batch} clips of a step",
+                "at least one bucket that fills a batch on every rank, where leftovers are dropped",
+                "set drop_last to false, use a smaller batch_size, or fewer buckets",
+            )
+
+    def batches(self, bucket: int) -> int:
+        """Global batches of a bucket in every epoch."""
+        count = len(self.members.get(bucket, ())) / self.global_batch
+        return math.floor(count) if self.leftover == "drop" else math.ceil(count)
+
+    def __len__(self) -> int:
+        """Samples in the order of every epoch."""
+        return self.global_batch * sum(self.batches(bucket) for bucket in self.members)
+
+    def order(self, epoch: int) -> list[int]:
+        """All samples of an epoch; each stretch of ``global_batch`` is of one bucket."""
+        parts: list[list[int]] = []
+        for bucket in sorted(self.members):
+            samples = self.members[bucket]
+            if self.shuffle:
+                generator = keyed_generator(self.seed, "bucket", epoch, bucket)
+                samples = [samples[i] for i in torch.randperm(len(samples), generator=generator).tolist()]
+            for batch in range(self.batches(bucket)):
+                begin = batch * self.global_batch
+                parts.append([samples[i % len(samples)] for i in range(begin, begin + self.global_batch)])
+        if self.shuffle:
+            generator = keyed_generator(self.seed, "batches", epoch)
+            parts = [parts[i] for i in torch.randperm(len(parts), generator=generator).tolist()]
+        return [sample for part in parts for sample in part]
+
+
+# -- the account ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is said of one bucket.
+
+    Args:
+        bucket: Its shape.
+        clips: How many clips it holds.
+        batches: Its global batches in an epoch.
+        repeated: Clips that come twice in an epoch, to fill the last batch.
+        dropped: Clips that an epoch leaves out, each epoch others.
+        enlarged: Clips whose pictures are smaller than the bucket.
+    """
+
+    bucket: Bucket
+    clips: int
+    batches: int
+    repeated: int
+    dropped: int
+    enlarged: int
+
+
+def rows(
+    buckets: Sequence[Bucket], bucket_of: Sequence[Optional[int]], batches: BucketBatches, enlarged: Sequence[bool]
+) -> list[Row]:
+    """The account of buckets, empty ones too."""
+    found = []
+    for number, bucket in enumerate(buckets):
+        clips = len(batches.members.get(number, ()))
+        steps = batches.batches(number)
+        spare = steps * batches.global_batch - clips
+        larger = sum(b == number and e for b, e in zip(bucket_of, enlarged, strict=True))
+        found.append(Row(bucket, clips, steps, max(spare, 0), max(-spare, 0), larger))
+    return found
+
+
+def show(table: Sequence[Row], left_out: Sequence[str]) -> str:
+    """The account as text.
+
+    Args:
+        table: The buckets.
+        left_out: Reason for every clip that is in none.
+    """
+    from io import StringIO
+
+    from rich.console import Console
+    from rich.table import Table
+
+    out = Table(title="clips by bucket (frames x height x width)", title_justify="left")
+    out.add_column("bucket")
+    for name in ("clips", "batches an epoch", "repeated to fill", "left over", "enlarged"):
+        out.add_column(name, justify="right")
+    for row in table:
+        out.add_row(
+            str(row.bucket), *(str(n) for n in (row.clips, row.batches, row.repeated, row.dropped, row.enlarged))
+        )
+    text = StringIO()
+    Console(file=text, width=100).print(out)
+    reasons = Counter(kind(reason) for reason in left_out)
+    for reason, count in reasons.most_common():
+        text.write(f"left out: {count}, {reason}\n")
+    if not left_out:
+        text.write("left out: none\n")
+    return text.getvalue()
