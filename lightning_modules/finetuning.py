@@ -243,10 +243,14 @@ class Finetuning(DiffusionModule):
     # -- out -------------------------------------------------------------------------------------------------------
 
     def export(self, out: str) -> list[str]:
-        """The result as files for others: a diffusers pipeline directory, or the adapter's own files."""
-        if self.adapter is not None:
-            return [str(p) for p in export_adapter(self.backbone, out)]
-        return [str(export_pipeline(self.backbone, out))]
+        """The result as files for others: a diffusers pipeline directory, or the adapter's own files.
+
+        A run that kept an average exports the average.
+        """
+        with self.averaged():
+            if self.adapter is not None:
+                return [str(p) for p in export_adapter(self.backbone, out)]
+            return [str(export_pipeline(self.backbone, out))]
 
 
 def check_trainable(backbone: Backbone, trainable: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Optional
 import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
@@ -194,57 +195,66 @@ class FullyShard(ModelParallelStrategy):
 
     def _load_folder(self, path: Path, safe: bool) -> dict[str, Any]:
         import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.state_dict import (
-            StateDictOptions,
-            get_model_state_dict,
-            get_optimizer_state_dict,
-            set_optimizer_state_dict,
-        )
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
         metadata = load_plain(_metadata_of(path), safe)
         assert self.model is not None
-        weights = get_model_state_dict(self.model)
         saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        self._check_names(
-            {name.removeprefix("state_dict.") for name in saved if name.startswith("state_dict.")}, set(weights)
-        )
+        weights = self.model.state_dict()
+        self._check_names({n.removeprefix("state_dict.") for n in saved if n.startswith("state_dict.")}, set(weights))
+        # Fills the tensors in place, each rank its part.
         dcp.load({"state_dict": weights}, checkpoint_id=path)
-        self.model.load_state_dict(weights)
         for index, optimizer in enumerate(self.optimizers):
             key = f"optimizer_{index}"
             if not any(name.startswith(f"{key}.") for name in saved):
                 raise UsageError(f"{path} holds no state of optimizer {index}", "a checkpoint of the same job")
             state = {key: get_optimizer_state_dict(self.model, optimizer)}
-            dcp.load(state, checkpoint_id=path)
+            dcp.load(state, checkpoint_id=path, planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
             set_optimizer_state_dict(self.model, optimizer, state[key], options=StateDictOptions(cpu_offload=True))
+            with_state = {n for n in self._names().values() if any(s.startswith(f"{key}.state.{n}.") for s in saved)}
+            self._forget_others(optimizer, with_state)
         return metadata
 
+    @torch.no_grad()
     def _load_file(self, path: Path, safe: bool) -> dict[str, Any]:
-        from torch.distributed.checkpoint.state_dict import (
-            StateDictOptions,
-            set_model_state_dict,
-            set_optimizer_state_dict,
-        )
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
         checkpoint = load_plain(path, safe)
-        weights = checkpoint.pop("state_dict")
+        given = checkpoint.pop("state_dict")
         assert self.model is not None
-        self._check_names(set(weights), set(self.model.state_dict()))
-        # Every rank maps the file and takes its part; nothing is sent.
-        options = StateDictOptions(full_state_dict=True, strict=False)
-        set_model_state_dict(self.model, weights, options=options)
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        weights = self.model.state_dict()
+        self._check_names(set(given), set(weights))
+        for name, tensor in weights.items():
+            # Every rank maps the file and takes its part; nothing is sent.
+            local(tensor).copy_(part_of(given[name], tensor))
         if not self.optimizers:
             return checkpoint
         states = checkpoint.get("optimizer_states", [])
         if len(states) != len(self.optimizers):
-            raise UsageError(
-                f"{path} holds {len(states)} optimizer states", f"{len(self.optimizers)}, as this job does"
-            )
+            raise UsageError(f"{path} holds {len(states)} optimizer states", f"{len(self.optimizers)}, as this job does")
+        names = self._names()
         for optimizer, state in zip(self.optimizers, states, strict=True):
             ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-            set_optimizer_state_dict(self.model, optimizer, rename_parameters(state, ordered), options=options)
+            renamed = rename_parameters(state, ordered)
+            with_state = set(renamed["state"])
+            options = StateDictOptions(full_state_dict=True, strict=False)
+            set_optimizer_state_dict(self.model, optimizer, renamed, options=options)
+            self._forget_others(optimizer, with_state)
         return checkpoint
+
+    def _names(self) -> dict[int, str]:
+        assert self.model is not None
+        return {id(parameter): name for name, parameter in self.model.named_parameters()}
+
+    def _forget_others(self, optimizer: Optimizer, with_state: set[str]) -> None:
+        """Take away the states that torch made up for parameters which had none when the checkpoint was written.
+
+        A parameter that never had a gradient has none. Torch gives all parameters a state before it loads any.
+        """
+        names = self._names()
+        for parameter in list(optimizer.state):
+            if names[id(parameter)] not in with_state:
+                del optimizer.state[parameter]
 
     def _check_names(self, given: set[str], wanted: set[str]) -> None:
         from lightning_modules.base import check_weights
@@ -272,6 +282,21 @@ def rename_parameters(state: Mapping[str, Any], ordered: list[Any]) -> dict[str,
     new = dict(zip(saved, ordered, strict=True))
     groups = [{**group, "params": [new[key] for key in group["params"]]} for group in state["param_groups"]]
     return {"state": {new[key]: value for key, value in state["state"].items()}, "param_groups": groups}
+
+
+def part_of(whole: Tensor, like: Tensor) -> Tensor:
+    """The part of a whole tensor that this rank holds of ``like``; all of it where ``like`` is no DTensor."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    if not isinstance(like, DTensor):
+        return whole
+    for axis, placement in enumerate(like.placements):
+        if isinstance(placement, Shard):
+            pieces = whole.chunk(like.device_mesh.size(axis), placement.dim)
+            index = like.device_mesh.get_local_rank(axis)
+            # There are fewer pieces than ranks where the dimension is short; the last ranks then hold nothing.
+            whole = pieces[index] if index < len(pieces) else whole.narrow(placement.dim, 0, 0)
+    return whole
 
 
 def consolidate(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:

@@ -11,6 +11,7 @@ import torch
 from support.jobs import SHAPES, finetuning, latents_for, trainer
 from torch import Tensor
 
+from callbacks.ema import EMA
 from callbacks.samples import Samples
 from datamodules.collate import collate
 from muybridge.backbones import load
@@ -186,6 +187,20 @@ def test_the_exported_pipeline_is_the_trained_model(tiny_checkpoint: Tiny, tmp_p
     assert torch.equal(exported.sample(noise, text, steps=2), trained)
     base = load(str(tiny_checkpoint(name)), max_text_length=job.backbone.max_text_length)
     assert not torch.allclose(base.sample(noise, text, steps=2), trained, atol=1e-5)
+
+
+def test_a_run_with_an_average_exports_the_average(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    job = finetuning(tiny_checkpoint("wan"))
+    trainer(tmp_path, max_steps=4, callbacks=[EMA(decay=0.5, warmup=False)]).fit(job, latents_for(job))
+    job.export(str(tmp_path / "out"))
+    exported = load(str(tmp_path / "out"))
+    assert job.average is not None
+    averages = dict(job.average.named_buffers())
+    last = dict(job.backbone.networks.named_parameters())
+    for name, value in exported.networks.named_parameters():
+        key = f"backbone.networks.{name}".replace(".", "__")
+        torch.testing.assert_close(value, averages[key], atol=0, rtol=0)
+    assert any(not torch.equal(value, last[name]) for name, value in exported.networks.named_parameters())
 
 
 def test_predict_writes_every_clip_and_is_a_function_of_its_id(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
