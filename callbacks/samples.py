@@ -60,7 +60,7 @@ class Samples(BasePredictionWriter):
     def write_on_batch_end(
         self,
         trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
+        pl_module: Any,
         prediction: Any,
         batch_indices: Sequence[int] | None,
         batch: Any,
@@ -75,14 +75,12 @@ class Samples(BasePredictionWriter):
 
     # -- training --------------------------------------------------------------------------------------------------
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Check that there is something to do, and sample the untouched model where asked."""
         if self.prompts and self.at_start and pl_module.updates == 0:
             self._sample(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Sample after every so many updates."""
         updates = pl_module.updates
         if self.prompts and updates and updates % self.every == 0 and updates != self._last:

@@ -12,11 +12,11 @@ from typing import Any, Optional
 
 import lightning.pytorch as pl
 import torch
-from muybridge.averaging import WeightAverage
 from torch import Tensor, nn
 
 import muybridge
 from lightning_modules.parallel import FullyShard
+from muybridge.averaging import WeightAverage
 from muybridge.backbones.base import Backbone
 from muybridge.batch import Batch
 from muybridge.data.cache import Cache

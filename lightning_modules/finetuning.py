@@ -102,7 +102,7 @@ class Finetuning(DiffusionModule):
         if len(networks) > 1 and self._trainer is not None and self.trainer.world_size > 1:
             raise UsageError(
                 f"{self.backbone.family} has {len(networks)} experts, and the time range of this job trains all of them at once",
-                "one expert a run on several ranks: ranks whose times fall to different experts would wait for each other for ever",
+                "one expert a run on several ranks, or ranks whose times fall to different experts wait for each other for ever",
                 "set timesteps.low or timesteps.high at the experts' boundary, and finetune one after the other",
             )
         if self.adapter is not None:
@@ -225,7 +225,7 @@ class Finetuning(DiffusionModule):
         sums: list[Tensor] = []
         for q in self.validation_quantiles:
             noise = torch.stack(
-                [torch.randn(shape, generator=keyed_generator(0, "validation", name, q)) for name in batch.ids]
+                [torch.randn(shape, generator=keyed_generator(0, "validation", name, str(q))) for name in batch.ids]
             )
             t = everything.quantile(torch.full((size,), q), self.backbone.schedule).to(clean.device)
             loss = self.total(

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_every_lower_bound_says_why() -> None:
     lines = (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
     start = lines.index("dependencies = [")
     listed = lines[start + 1 : lines.index("]", start)]
-    for above, line in zip(listed, listed[1:], strict=False):
+    for above, line in pairwise(listed):
         if line.strip().startswith('"'):
             assert above.strip().startswith("#"), f"no reason above {line.strip()}"
 
