@@ -13,6 +13,8 @@ from muybridge.errors import UsageError
 
 def collate(clips: Sequence[Batch]) -> Batch:
     """Join batches along the first axis; they must hold the same kinds of things in the same shapes."""
+    if len(clips) == 1:
+        return clips[0]
 
     def tensors(name: str) -> torch.Tensor | None:
         values = [getattr(clip, name) for clip in clips]

@@ -17,7 +17,7 @@ from muybridge.errors import UsageError
 
 
 class CachedDataset(Dataset[Batch]):
-    """Clips of a cache as batches of one. A clip that the cache knows to be unreadable keeps its slot, as it does in video.
+    """Clips of a cache as batches of one.
 
     Args:
         cache: The cache.
@@ -28,9 +28,8 @@ class CachedDataset(Dataset[Batch]):
     def __init__(self, cache: Cache, ids: Sequence[str], weights: bool = False) -> None:
         self.cache, self.ids, self.weights = cache, list(ids), weights
         self.text = "text" in cache.columns
-        self.bad = cache.bad
         if weights:
-            missing = [i for i in self.ids if i not in self.bad and i not in cache.weights]
+            missing = [i for i in self.ids if i not in cache.weights]
             if missing:
                 raise UsageError(
                     f"the cache {cache.path} has no motion weights for {len(missing)} of {len(self.ids)} clips, "
@@ -43,10 +42,11 @@ class CachedDataset(Dataset[Batch]):
         return len(self.ids)
 
     def __getitem__(self, index: int) -> Batch:
-        name = self.ids[index]
-        if name in self.bad:
-            raise UsageError(f"{name} could not be read when the cache was made: {self.bad[name]}")
-        return self.cache.clip(name, weights=self.weights, text=self.text)
+        return self.cache.clips([self.ids[index]], self.weights, self.text)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Batch]:
+        """Several at once, in one batch: they are then copied out of the files only once."""
+        return [self.cache.clips([self.ids[i] for i in indices], self.weights, self.text)]
 
 
 class LatentData(ResumableData):

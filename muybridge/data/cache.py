@@ -297,26 +297,29 @@ class Cache:
                 "a text that was cached",
                 "run `muybridge cache` again with it among the captions or in --prompts",
             )
-        (length,) = self.texts.info(name, "length")
-        return restore_text(self.texts.read(name), length)
+        return restore_texts([self.texts.read(name)], [self.texts.info(name, "length")[0]])
 
-    def clip(self, id: str, weights: bool = False, text: bool = True) -> Batch:
-        """One clip as a batch of one.
+    def clips(self, ids: Sequence[str], weights: bool = False, text: bool = True) -> Batch:
+        """Some clips as a batch, copied out of the files once.
 
         Args:
-            id: The clip.
-            weights: Give its motion weights too.
-            text: Give its text embedding too.
+            ids: The clips; of one shape.
+            weights: Give their motion weights too.
+            text: Give their text embeddings too.
         """
-        caption, fps = self.latents.info(id, "caption", "fps")
+        captions, rates = zip(*(self.latents.info(i, "caption", "fps") for i in ids), strict=True)
+        names = [text_key(caption) for caption in captions]
         return Batch(
-            ids=[id],
-            latents=self.latents.read(id)["latents"].float()[None],
-            prompts=[caption],
-            conditioning=self.text(caption) if text else None,
-            weights=self.weights.read(id)["weights"].float()[None] if weights else None,
-            fps=fps,
+            ids=list(ids),
+            latents=_stack([self.latents.read(i)["latents"] for i in ids], ids),
+            prompts=list(captions),
+            conditioning=self._conditionings(names) if text else None,
+            weights=_stack([self.weights.read(i)["weights"] for i in ids], ids) if weights else None,
+            fps=rates[0] if max(rates) - min(rates) <= 0.01 * rates[0] else None,
         )
+
+    def _conditionings(self, names: Sequence[str]) -> Conditioning:
+        return restore_texts([self.texts.read(n) for n in names], [self.texts.info(n, "length")[0] for n in names])
 
     def verify(self) -> dict[str, str]:
         """Read every byte of every column; what is not as it was written, and why."""
@@ -345,13 +348,33 @@ def store_text(conditioning: Conditioning) -> tuple[dict[str, Tensor], int]:
     return tensors, text.shape[0]
 
 
-def restore_text(tensors: Mapping[str, Tensor], length: int) -> Conditioning:
-    """The inverse of :func:`store_text`."""
-    kept = tensors["text"]
-    text = kept.new_zeros(1, length, *kept.shape[1:])
-    text[0, : len(kept)] = kept
-    mask, pooled = tensors.get("mask"), tensors.get("pooled")
-    return Conditioning(text, None if mask is None else mask[None], None if pooled is None else pooled[None])
+def restore_texts(rows: Sequence[Mapping[str, Tensor]], lengths: Sequence[int]) -> Conditioning:
+    """The inverse of :func:`store_text`, of several texts as one batch."""
+    first = rows[0]["text"]
+    text = first.new_zeros(len(rows), max(lengths), *first.shape[1:])
+    for place, row in enumerate(rows):
+        text[place, : len(row["text"])] = row["text"]
+    kept = {
+        name: _padded([row[name] for row in rows], name == "mask") for name in ("mask", "pooled") if name in rows[0]
+    }
+    return Conditioning(text, **kept)
+
+
+def _padded(values: Sequence[Tensor], pad: bool) -> Tensor:
+    length = max(len(v) for v in values)
+    if not pad or all(len(v) == length for v in values):
+        return torch.stack(list(values))
+    return torch.stack([torch.cat([v, v.new_zeros(length - len(v))]) for v in values])
+
+
+def _stack(values: Sequence[Tensor], ids: Sequence[str]) -> Tensor:
+    """Tensors of one shape as a batch in float32, whatever they are kept in."""
+    shapes = {tuple(v.shape): name for v, name in zip(values, ids, strict=True)}
+    if len(shapes) > 1:
+        said = ", ".join(f"{list(shape)} ({name})" for shape, name in shapes.items())
+        raise UsageError(f"clips of {len(shapes)} shapes in one batch: {said}", "one shape a batch")
+    out = torch.empty(len(values), *values[0].shape)
+    return torch.stack(list(values), out=out) if values[0].dtype == out.dtype else out.copy_(torch.stack(list(values)))
 
 
 # -- writing -------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from support.caches import PREPROCESSING, make_cache, make_clips, pixels
 
 from muybridge.backbones import load
-from muybridge.data.cache import Cache, Share, add_bad_clip, open_column, restore_text, store_text, todo_clips
+from muybridge.data.cache import Cache, Share, add_bad_clip, open_column, restore_texts, store_text, todo_clips
 from muybridge.data.content import content_key, latents_key, size_of_key, text_encoder_key
 from muybridge.diffusion.conditioning import Conditioning
 from muybridge.diffusion.draws import keyed_noise
@@ -38,6 +38,11 @@ def same(a: Conditioning, b: Conditioning) -> bool:
     return all((x is None and y is None) or (x.dtype == y.dtype and torch.equal(x, y)) for x, y in pairs)
 
 
+def restored(given: Conditioning) -> Conditioning:
+    tensors, length = store_text(given)
+    return restore_texts([tensors], [length])
+
+
 # -- what comes back -----------------------------------------------------------------------------------------------
 
 
@@ -46,7 +51,7 @@ def test_text_embeddings_come_back_bit_by_bit(tiny_checkpoint: Tiny, name: str) 
     backbone = load(str(tiny_checkpoint(name)), components=("text_encoder",))
     for text in ("a dog runs", "", "x" * 500):
         wanted = backbone.encode_text([text])
-        assert same(restore_text(*store_text(wanted)), wanted)
+        assert same(restored(wanted), wanted)
 
 
 def test_padding_is_not_stored(encoders) -> None:
@@ -58,17 +63,35 @@ def test_padding_is_not_stored(encoders) -> None:
 def test_half_precision_and_an_all_zero_text_come_back() -> None:
     for text in (torch.randn(1, 7, 4).bfloat16(), torch.zeros(1, 7, 4)):
         given = Conditioning(text, torch.ones(1, 7, dtype=torch.bool), torch.randn(1, 3))
-        assert same(restore_text(*store_text(given)), given)
+        assert same(restored(given), given)
 
 
 def test_a_clip_is_what_encoding_it_now_would_give(made: Path, encoders) -> None:
     clips, cache = make_clips(made.parent / "videos"), Cache(made)
     assert cache.ids == [c.id for c in clips]
     for clip in clips:
-        batch = cache.clip(clip.id)
+        batch = cache.clips([clip.id])
         assert (batch.ids, batch.prompts, batch.fps) == ([clip.id], [clip.caption], 8.0)
         assert torch.equal(batch.latents, encoders.encode(pixels(clip)))
         assert same(batch.conditioning, encoders.encode_text([clip.caption]))
+
+
+def test_a_batch_is_its_clips_joined(made: Path) -> None:
+    cache = Cache(made)
+    ids = cache.ids[:3]
+    batch, apart = cache.clips(ids), [cache.clips([i]) for i in ids]
+    assert torch.equal(batch.latents, torch.cat([a.latents for a in apart]))
+    assert same(batch.conditioning, Conditioning.cat([a.conditioning for a in apart]))
+    assert (batch.ids, batch.prompts, batch.fps) == (ids, [p for a in apart for p in a.prompts], 8.0)
+
+
+def test_writing_into_a_batch_leaves_the_cache_alone(made: Path) -> None:
+    cache = Cache(made)
+    batch = cache.clips(["clip-0"])
+    batch.latents.zero_()
+    batch.conditioning.text.zero_()
+    assert cache.clips(["clip-0"]).latents.any()
+    assert cache.clips(["clip-0"]).conditioning.text.any()
 
 
 def test_the_unconditional_branch_has_its_reserved_name(made: Path, encoders) -> None:
@@ -184,7 +207,7 @@ def test_nothing_is_encoded_twice_and_what_changed_is_encoded_anew(encoders, tmp
     make_cache(out, encoders, with_caption)
     cache = Cache(out)
     assert cache.ids == [c.id for c in clips]
-    assert cache.clip("clip-2").prompts == ["new"]
+    assert cache.clips(["clip-2"]).prompts == ["new"]
     cache.check_clips(with_caption)
 
 
@@ -213,14 +236,14 @@ def test_a_bad_clip_is_noted_and_tried_again(encoders, tmp_path: Path) -> None:
 def test_broken_shards_are_made_again(encoders, tmp_path: Path) -> None:
     clips = make_clips(tmp_path / "videos")
     out = make_cache(tmp_path / "cache", encoders, clips, shard_rows=1)
-    before = {i: Cache(out).clip(i).latents.clone() for i in Cache(out).ids}
+    before = {i: Cache(out).clips([i]).latents.clone() for i in Cache(out).ids}
     shard = out / "latents" / "000002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-5])
     with pytest.raises(UsageError, match=r"000002(.|\n)*run the command that wrote them again"):
         _ = Cache(out).latents
     cache = Cache(make_cache(out, encoders, clips, shard_rows=1))
     assert cache.ids == list(before)
-    assert all(torch.equal(cache.clip(i).latents, x) for i, x in before.items())
+    assert all(torch.equal(cache.clips([i]).latents, x) for i, x in before.items())
     assert cache.verify() == {}
 
 
@@ -252,7 +275,7 @@ def test_a_further_column_leaves_every_other_byte_alone(encoders, tmp_path: Path
     assert digests() == before
     cache = Cache(out)
     assert cache.columns == ["latents", "text", "weights"]
-    assert all(torch.equal(cache.clip(i, weights=True).weights[0], w) for i, w in weights.items())
+    assert all(torch.equal(cache.clips([i], weights=True).weights[0], w) for i, w in weights.items())
     with pytest.raises(UsageError, match="tracks is 64 there and 32 here"):
         open_column(out, "weights", {"tracker": "lucas-kanade", "tracks": 32})
 
