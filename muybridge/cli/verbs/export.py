@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,14 @@ TRAINER = {
 """One process without a GPU, whatever the run used: exporting only moves weights, and must not round them."""
 
 
-def export(trainer: Any, model: Any, ckpt_path: str, out: str, average: bool = True) -> None:
-    """Turn a checkpoint into a diffusers pipeline directory, or into adapter files.
+def export(trainer: Any, model: Any, ckpt_path: str, out: str) -> None:
+    """Turn a checkpoint into a diffusers pipeline directory, or into adapter files; the average, where the run kept one.
 
     Args:
         trainer: Sets up and loads.
         model: What the config describes.
         ckpt_path: A checkpoint file, a sharded checkpoint folder, ``last`` or ``best``.
         out: A new directory.
-        average: Write the averaged weights, where the run kept an average (callback EMA).
     """
     if not callable(getattr(model, "export", None)):
         raise UsageError(
@@ -40,11 +38,6 @@ def export(trainer: Any, model: Any, ckpt_path: str, out: str, average: bool = T
             f"{out} exists and is not empty", "a new directory", "choose another --out, or remove it first"
         )
 
-    def write() -> Any:
-        kept = getattr(model, "average", None)
-        with kept.swapped(model) if average and kept is not None else nullcontext():
-            return model.export(out)
-
     file = Path(ckpt_path)
     merged = Path(out).absolute().with_name(f".{Path(out).name}.{os.getpid()}.ckpt")
     try:
@@ -52,7 +45,7 @@ def export(trainer: Any, model: Any, ckpt_path: str, out: str, average: bool = T
             from lightning_modules.parallel import consolidate
 
             file = consolidate(file, merged)
-        for path in trainer.run_with(model, write, str(file)):
+        for path in trainer.run_with(model, lambda: model.export(out), str(file)):
             print(path)
     finally:
         merged.unlink(missing_ok=True)

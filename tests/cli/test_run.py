@@ -1,0 +1,233 @@
+"""The verbs on the shipped tiny configs, from files to files."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from muybridge.backbones import load
+from muybridge.backbones.base import Backbone
+from muybridge.cli.checkpoints import resolve
+
+from .conftest import ROOT, Command
+
+Options = Callable[[str], list[str]]
+SHORT = ["--trainer.max_steps=4", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=1"]
+
+
+def weights(file: Path) -> dict[str, Tensor]:
+    return torch.load(file, weights_only=True)["state_dict"]  # type: ignore[no-any-return]
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox", "latte", "unet3d"])
+def test_a_tiny_config_goes_from_clips_to_a_pipeline(
+    name: str, command: Command, tiny_options: Options, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
+):
+    options = [*tiny_options(name), *SHORT]
+    assert command("fit", *options).code == 0
+    (last,) = (tmp_path / "run").rglob("last.ckpt")
+    (config,) = (tmp_path / "run").rglob("config.yaml")
+
+    validated = command("validate", "-c", str(config), "--ckpt_path=best")
+    assert validated.code == 0
+    assert "val/loss" in validated.out
+    assert f"ckpt_path best: {last.parent}" in validated.out
+
+    predicted = command("predict", "-c", str(config), "--ckpt_path=last", "--trainer.limit_predict_batches=1")
+    assert predicted.code == 0
+    assert f"ckpt_path last: {last}" in predicted.out
+    assert len(list((tmp_path / "run").rglob("predictions/*.mp4"))) == 2, "a batch of two prompts"
+
+    exported = command("export", "-c", str(config), "--ckpt_path=last", "--out=exported")
+    assert exported.code == 0
+    assert exported.out.strip().endswith("exported")
+    # Exported is trained, and is not what training began with.
+    trained = {n.removeprefix("backbone."): w for n, w in weights(last).items()}
+    assert same(trained, dict(load("exported").named_parameters()))
+    assert not same(trained, dict(load(str(tiny_checkpoint(name))).named_parameters()))
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(command: Command, tiny_options: Options, tmp_path: Path):
+    options = [*tiny_options("wan"), *SHORT]
+
+    def run(folder: str, *more: str) -> Path:
+        assert command("fit", *options, f"--trainer.default_root_dir={tmp_path / folder}", *more).code == 0
+        return max((tmp_path / folder).rglob("last.ckpt"), key=lambda p: p.stat().st_mtime_ns)
+
+    whole = run("whole")
+    first = run("parts", "--trainer.max_steps=2")
+    assert not same(weights(whole), weights(first))
+    second = run("parts", "--ckpt_path=last")
+    assert second != first
+    assert same(weights(whole), weights(second))
+
+
+def test_last_in_fit_means_the_beginning_where_there_is_none(command: Command, tiny_options: Options):
+    result = command("fit", *tiny_options("wan"), *SHORT, "--trainer.max_steps=1", "--ckpt_path=last")
+    assert result.code == 0
+    assert "starting from the beginning" in result.out
+
+
+@pytest.mark.parametrize("verb", ["validate", "predict", "export"])
+@pytest.mark.parametrize("which", ["last", "best"])
+def test_last_and_best_are_errors_where_there_is_none(
+    verb: str, which: str, command: Command, tiny_options: Options, loads: list[Backbone]
+):
+    out = ["--out=x"] if verb == "export" else []
+    result = command(verb, *tiny_options("wan"), f"--ckpt_path={which}", *out)
+    assert result.code == 2
+    assert f"ckpt_path {which}: no checkpoint in" in result.message
+    assert not loads
+
+
+def test_best_is_the_one_the_newest_remembers(tmp_path: Path):
+    """Also after the folder was moved; an unmonitored callback has a best_model_path too, which is not one."""
+    folder = tmp_path / "version_0/checkpoints"
+    folder.mkdir(parents=True)
+    state = {"monitor": "val/loss", "best_model_path": "/moved/from/here/good.ckpt"}
+    states = {
+        "ModelCheckpoint{'monitor': None}": {"monitor": None, "best_model_path": str(folder / "old.ckpt")},
+        "x": state,
+    }
+    for age, name in enumerate(("old", "good", "last")):
+        torch.save({"callbacks": states}, folder / f"{name}.ckpt")
+        os.utime(folder / f"{name}.ckpt", (age, age))
+    trainer = pl.Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False)
+    assert resolve("best", trainer) == str(folder / "good.ckpt")
+    assert resolve("last", trainer) == str(folder / "last.ckpt")
+    (folder / "good.ckpt").unlink()
+    with pytest.raises(ValueError, match="is gone"):
+        resolve("best", trainer)
+    assert resolve(None, trainer) is None
+
+
+def test_a_checkpoint_does_not_change_the_configuration(command: Command, tiny_options: Options, tmp_path: Path):
+    """Lightning lets hyperparameters stored in a checkpoint win over the config and the command line."""
+    (tmp_path / "my_module.py").write_text(
+        "import lightning.pytorch as pl, torch\n"
+        "class Remembers(pl.LightningModule):\n"
+        "    def __init__(self, rate: float = 1.0):\n"
+        "        super().__init__(); self.save_hyperparameters(); self.w = torch.nn.Parameter(torch.ones(1)); self.rate = rate\n"
+        "    def training_step(self, batch, index): return self.w.sum() * self.rate\n"
+        "    def validation_step(self, batch, index): self.log('rate', self.rate, batch_size=1)\n"
+        "    def configure_optimizers(self): return torch.optim.SGD(self.parameters(), lr=0.1)\n"
+    )
+    (tmp_path / "job.yaml").write_text("model: {class_path: my_module.Remembers}\n")
+    common = [o for o in tiny_options("wan") if not o.startswith(("--model", "-c"))]
+    data = ["-c", "job.yaml", "--data=VideoData", *common, "--data.frames=9", "--data.height=64", "--data.width=64"]
+    data += [
+        "--data.num_workers=0",
+        "--trainer.accelerator=cpu",
+        "--trainer.max_steps=1",
+        "--trainer.limit_val_batches=1",
+    ]
+    assert command("fit", *data, "--model.rate=2").code == 0
+    result = command("validate", *data, "--model.rate=3", "--ckpt_path=last")
+    assert result.code == 0
+    assert "3.0" in result.out
+    assert "2.0" not in result.out
+
+
+def test_export_needs_no_clips_and_writes_averages(command: Command, tiny_options: Options, tmp_path: Path):
+    options = [*tiny_options("wan"), *SHORT, "--trainer.callbacks+=EMA", "--trainer.callbacks.init_args.decay=0.9"]
+    assert command("fit", *options).code == 0
+    elsewhere = ["--data.videos=nowhere", "--data.validation=nowhere", "--ckpt_path=last"]
+    assert command("export", *options, *elsewhere, "--out=averaged").code == 0
+    (last,) = (tmp_path / "run").rglob("last.ckpt")
+    state = weights(last)
+    trained = {n.removeprefix("backbone."): w for n, w in state.items() if n.startswith("backbone.")}
+    averages = {n: state[f"average.backbone__{n.replace('.', '__')}"] for n in trained}
+    assert not same(trained, averages)
+    assert same(averages, dict(load("averaged").named_parameters()))
+
+
+def test_an_export_refuses_to_overwrite(command: Command, tiny_options: Options, tmp_path: Path, loads: list[Backbone]):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("")
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    torch.save({}, tmp_path / "run/checkpoints/a.ckpt")
+    result = command("export", *tiny_options("wan"), "--ckpt_path=last", "--out=full")
+    assert result.code == 2
+    assert "full exists and is not empty" in result.message
+    assert not loads
+
+
+def test_a_sharded_folder_meets_a_strategy_that_reads_files(command: Command, tiny_options: Options, tmp_path: Path):
+    (tmp_path / "sharded.ckpt").mkdir()
+    torch.save({}, tmp_path / "sharded.ckpt/meta.pt")
+    result = command("validate", *tiny_options("wan"), "--ckpt_path=sharded.ckpt")
+    assert result.code == 2
+    assert "muybridge consolidate sharded.ckpt --out" in result.message
+
+
+def test_the_saved_config_holds_no_option_of_the_verb(command: Command, tiny_options: Options, tmp_path: Path):
+    assert (
+        command(
+            "fit", *tiny_options("wan"), "--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--ckpt_path=last"
+        ).code
+        == 0
+    )
+    (config,) = (tmp_path / "run").rglob("config.yaml")
+    assert set(yaml.safe_load(config.read_text())) == {"seed_everything", "trainer", "model", "data"}
+
+
+def start(options: list[str], cwd: Path) -> subprocess.Popen[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "muybridge", "fit", *options]
+    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_ctrl_c_ends_in_one_line(tiny_options: Options, tmp_path: Path):
+    """In the middle of training."""
+    process = start([*tiny_options("wan"), "--trainer.max_steps=1000000"], tmp_path)
+    try:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "run").rglob("last.ckpt")):
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert "Traceback" not in err + out
+    after = (err + out)[(err + out).index("Detected KeyboardInterrupt") :]
+    assert len(after.strip().splitlines()) == 1, after
+
+
+def test_an_error_on_several_ranks_is_said_once(tiny_options: Options, tmp_path: Path):
+    """It is raised in the middle of the run, by every rank: clips that are too short are found when they are read."""
+    options = [
+        *tiny_options("wan"),
+        "--trainer.devices=2",
+        "--trainer.strategy=ddp",
+        "--data.frames=17",
+        "--data.num_workers=0",
+    ]
+    process = start(options, tmp_path)
+    out, err = process.communicate(timeout=240)
+    assert "Traceback" not in err + out, err
+    said = [line for line in err.splitlines() if "too short" in line]
+    plain = [line for line in said if line.startswith("error: ")]
+    marked = [line for line in said if line.startswith("[rank 1] error: ")]
+    assert len(plain) <= 1
+    assert len(marked) <= 1
+    assert plain or marked
+    assert set(said) == {*plain, *marked}
+    assert process.returncode != 0
