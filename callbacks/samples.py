@@ -108,11 +108,9 @@ class SamplingBar:
     """A progress bar over sampling steps on the first rank, given to samplers as ``on_step``."""
 
     def __init__(self, trainer: pl.Trainer, label: str) -> None:
-        self.show, self.label, self.bar = (
-            trainer.is_global_zero and trainer.progress_bar_callback is not None,
-            label,
-            None,
-        )
+        self.show = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        self.label = label
+        self.bar: Optional[tqdm[Any]] = None
 
     def __enter__(self) -> SamplingBar:
         return self
