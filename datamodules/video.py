@@ -1,166 +1,387 @@
-"""Clips with captions from a folder of videos."""
+"""Clips with captions from videos, whatever lists them."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
-import cv2
-import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
+from datamodules.bad_videos import BadVideoWatch, OnError, refuse_one
 from datamodules.base import ResumableData
 from datamodules.collate import collate
 from datamodules.prompts import PromptDataset
+from datamodules.sampling import ResumableSampler
 from muybridge.batch import Batch
+from muybridge.data.account import Account, BadVideo, refuse
+from muybridge.data.buckets import Bucket, BucketBatches, rows, show
+from muybridge.data.clips import Clip
+from muybridge.data.encoding import Material
+from muybridge.data.reading import Reading, Survey, read_clip, survey
+from muybridge.data.selection import Plan, plan
+from muybridge.data.sources import Captions, Kind, list_clips, recognise
+from muybridge.data.windows import Windows
 from muybridge.errors import UsageError
-from muybridge.video import Frames, frame_count, frame_rate, read_frames, to_pixels
+from muybridge.video import to_pixels
 
-SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
-
-
-def find_videos(folder: str) -> list[Path]:
-    """All videos under a folder, in the order of their relative paths."""
-    root = Path(folder)
-    if not root.is_dir():
-        raise UsageError(f"video folder {folder} does not exist", "a folder", f"relative paths are looked up from {Path.cwd()}")
-    found = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if not found:
-        raise UsageError(
-            f"{folder} holds no video", f"files ending in {', '.join(SUFFIXES)}, at any depth", "check the folder, or convert the files"
-        )
-    return found
-
-
-def read_captions(videos: list[Path]) -> list[str]:
-    """The text beside each video, in a file of the same name ending in .txt."""
-    missing = [v for v in videos if not v.with_suffix(".txt").is_file()]
-    if missing:
-        raise UsageError(
-            f"{len(missing)} of {len(videos)} videos have no caption, first {missing[0]}",
-            f"a text file beside each video, such as {missing[0].with_suffix('.txt').name}",
-            "write the captions, or move videos without one elsewhere",
-        )
-    return [v.with_suffix(".txt").read_text(encoding="utf-8").strip() for v in videos]
-
-
-def window(available: int, rate: float, frames: int, fps: Optional[float]) -> list[int]:
-    """Indices of ``frames`` frames around the middle of a video, at ``fps`` where given.
-
-    Raises:
-        UsageError: Where the video is shorter than the clip.
-    """
-    stride = rate / fps if fps else 1.0
-    span = (frames - 1) * stride
-    if round(span) > available - 1:
-        raise UsageError(
-            f"{available} frames at {rate:.3g} per second",
-            f"at least {round(span) + 1} for a clip of {frames} frames" + (f" at {fps:g} per second" if fps else ""),
-        )
-    start = (available - 1 - span) / 2
-    return [round(start + i * stride) for i in range(frames)]
-
-
-def fit(frames: Frames, height: int, width: int) -> Frames:
-    """Scale until both sides are covered, then crop the middle."""
-    scale = max(height / frames.shape[1], width / frames.shape[2])
-    rows, columns = max(height, round(frames.shape[1] * scale)), max(width, round(frames.shape[2] * scale))
-    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    resized = [f if f.shape[:2] == (rows, columns) else cv2.resize(f, (columns, rows), interpolation=method) for f in frames]
-    top, left = (rows - height) // 2, (columns - width) // 2
-    return np.stack([f[top : top + height, left : left + width] for f in resized])
+Place = tuple[int, int]
+"""Epoch and sample."""
 
 
 class VideoDataset(Dataset[Batch]):
-    """One clip a video.
+    """Clips as batches of one, decoded when asked for. One that can't be used is absent, with the reason as its remark.
 
     Args:
-        root: Ids are paths relative to it.
-        videos: The files.
-        captions: One for each.
-        frames: Frames of a clip.
-        height: Height in pixels.
-        width: Width in pixels.
-        fps: Frames per second of a clip; the video's own where not given.
+        clips: Their records.
+        buckets: Shapes.
+        bucket_of: Which shape each clip has; ``None`` for one that is left out.
+        reading: How they are made.
+        places: Which clip each sample is, where it is not each once.
     """
 
     def __init__(
-        self, root: str, videos: list[Path], captions: list[str], frames: int, height: int, width: int, fps: Optional[float]
+        self,
+        clips: Sequence[Clip],
+        buckets: Sequence[Bucket],
+        bucket_of: Sequence[Optional[int]],
+        reading: Reading,
+        places: Optional[Sequence[int]] = None,
     ) -> None:
-        self.ids = [v.relative_to(root).with_suffix("").as_posix() for v in videos]
-        self.videos, self.captions = videos, captions
-        self.size, self.fps = (frames, height, width), fps
+        self.clips, self.buckets, self.bucket_of, self.reading = list(clips), list(buckets), list(bucket_of), reading
+        self.places = list(places) if places is not None else list(range(len(self.clips)))
+        seen: dict[int, int] = {}
+        self.draws = []
+        for place in self.places:
+            self.draws.append(seen.get(place, 0))
+            seen[place] = self.draws[-1] + 1
 
     def __len__(self) -> int:
-        return len(self.videos)
+        return len(self.places)
 
-    def __getitem__(self, index: int) -> Batch:
-        video = self.videos[index]
-        frames, height, width = self.size
-        rate = frame_rate(video)
+    def __getitem__(self, key: int | Place) -> Batch:
+        epoch, sample = key if isinstance(key, tuple) else (0, key)
+        clip, number = self.clips[self.places[sample]], self.bucket_of[self.places[sample]]
+        bucket = self.buckets[number or 0]
+        prompts = [clip.caption or ""]
         try:
-            picks = window(frame_count(video), rate, frames, self.fps)
-        except UsageError as error:
-            raise UsageError(f"{video} is too short: {error.given}", error.expected, "shorten the clip, or remove the video") from None
-        pixels = to_pixels(fit(read_frames(video, picks), height, width))
-        return Batch(ids=[self.ids[index]], pixels=pixels[None], prompts=[self.captions[index]], fps=self.fps or rate)
+            taken = read_clip(clip, bucket, self.reading, epoch, self.draws[sample])
+        except BadVideo as error:
+            pixels = torch.zeros(1, 3, bucket.frames, *bucket.size)
+            return Batch([clip.id], pixels, prompts=prompts, present=torch.tensor([False]), remarks=[str(error)])
+        remarks = [taken.remark] if taken.remark else None
+        return Batch([taken.id], to_pixels(taken.frames)[None], prompts=prompts, fps=taken.fps, remarks=remarks)
+
+    @property
+    def samples(self) -> list[Clip]:
+        """The clip of every sample."""
+        return [self.clips[place] for place in self.places]
+
+    @property
+    def preprocessing(self) -> Mapping[str, Any]:
+        """All settings that the pixels of a clip depend on."""
+        return {"clips": [str(bucket) for bucket in self.buckets], **self.reading.settings()}
+
+
+class ClipSampler(ResumableSampler):
+    """The order of clips; gives the epoch with every index, since random windows differ between epochs.
+
+    Args:
+        samples: Number of samples.
+        batches: The order where global batches are of one bucket each.
+        options: As for :class:`~datamodules.sampling.ResumableSampler`.
+    """
+
+    def __init__(self, samples: int, batches: Optional[BucketBatches] = None, **options: Any) -> None:
+        self.plan = batches
+        if batches is not None:
+            # Whole global batches, so nothing is left to fill up or to drop.
+            samples = len(batches)
+        super().__init__(samples, **options)
+
+    def order(self, epoch: int) -> list[int]:
+        """The samples of an epoch, in order."""
+        return super().order(epoch) if self.plan is None else self.plan.order(epoch)
+
+    def __iter__(self) -> Any:
+        indices = super().__iter__()
+        epoch = self.epoch
+        return ((epoch, index) for index in indices)
 
 
 class VideoData(ResumableData):
-    """Videos in a folder, each with its caption in a .txt file beside it.
+    """Clips of videos with captions, from a folder, a table, the manifest of a data set, or one file.
 
     Args:
-        videos: Folder of videos, at any depth.
-        validation: Folder of videos for the validation loss; none where not given.
+        videos: A folder with a .txt caption beside each video; a .csv, .tsv, .jsonl or .parquet table with columns ``video`` and
+            ``caption``; an Open-Sora-Plan or MixKit .json (``path``, ``cap``); a VIDGEN .json (``vid``, ``caption``); or a video.
+        validation: Another of these, for the validation loss; none where not given.
+        source: What ``videos`` is, where its name and content do not tell.
+        root: Folder that a manifest's paths are relative to; the manifest's own where not given.
+        captions: Whether a clip without a caption is an error, or gets the empty one.
+        caption: The caption, where ``videos`` is one video.
         frames: Frames of a clip.
         height: Height in pixels.
         width: Width in pixels.
+        buckets: Several shapes instead of ``frames``, ``height`` and ``width``; each clip goes to the one that keeps most of it.
         fps: Frames per second of a clip; each video's own where not given.
+        stride: Take every so many source frames, instead of ``fps``.
+        window: Which part of a longer video: its ``centre``, ``random`` ones that change every epoch, or ``all`` of it in clips.
+        clips_per_video: How many ``centre`` (evenly spread, where there is room) or ``random`` windows of each video.
+        window_step: Frames of a clip from one of ``all`` windows to the next; a clip's length where not given.
+        framing: Scale until the clip is covered and ``crop``, or until the picture fits and pad (``letterbox``).
+        decoder: ``auto`` reads by decord what it reads exactly, and by PyAV the rest.
+        on_error: What a video that can't be used does: ``skip`` notes it in ``bad_videos.jsonl``, ``raise`` ends the run.
+        max_bad_fraction: The run ends where more than this share of clips was skipped.
+        selection: Train on these clips only: a .txt file with one id a line, or .csv or .parquet with a column ``id``.
+        sampling_weights: Draw clips with replacement, each as often as a .csv or .parquet file with columns ``id`` and ``weight``
+            says; the selection's own column ``weight`` where not given, and every clip once where there is none.
+        repeats: How often the clips stand in one epoch.
         batch_size: Clips of a micro-batch, on every rank.
         num_workers: Processes that decode, on every rank.
-        seed: The order of an epoch is a function of this seed and the epoch.
+        seed: The order of an epoch, and random windows, are a function of this seed and the epoch.
+        shuffle: Draw a new order every epoch.
+        drop_last: Leave out an epoch's last clips (with buckets, each bucket's) where they do not fill a batch on every rank,
+            rather than fill it up.
     """
 
     def __init__(
         self,
         videos: str,
         validation: Optional[str] = None,
+        source: Kind = "auto",
+        root: Optional[str] = None,
+        captions: Captions = "required",
+        caption: Optional[str] = None,
         frames: int = 81,
         height: int = 480,
         width: int = 832,
+        buckets: Optional[list[Bucket]] = None,
         fps: Optional[float] = None,
+        stride: int = 1,
+        window: Literal["centre", "random", "all"] = "centre",
+        clips_per_video: int = 1,
+        window_step: Optional[int] = None,
+        framing: Literal["crop", "letterbox"] = "crop",
+        decoder: Literal["auto", "decord", "av"] = "auto",
+        on_error: OnError = "skip",
+        max_bad_fraction: float = 0.1,
+        selection: Optional[str] = None,
+        sampling_weights: Optional[str] = None,
+        repeats: int = 1,
         batch_size: int = 1,
         num_workers: int = 2,
         seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
     ) -> None:
-        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
-        self.videos, self.validation = videos, validation
-        self.clip_size = (frames, height, width)
-        self.fps = fps
+        super().__init__(
+            batch_size=batch_size, num_workers=num_workers, seed=seed, shuffle=shuffle, drop_last=drop_last
+        )
+        if not 0.0 <= max_bad_fraction <= 1.0:
+            raise UsageError(f"max_bad_fraction is {max_bad_fraction}", "a share from 0 to 1")
+        if buckets is not None and (not buckets or len(set(buckets)) < len(buckets)):
+            raise UsageError(f"buckets are {[str(b) for b in buckets]}", "at least one, and each once")
+        self.videos, self.validation, self.source, self.root = videos, validation, source, root
+        self.captions, self.caption = captions, caption
+        self.buckets = list(buckets) if buckets is not None else [Bucket(frames, height, width)]
+        windows = Windows(window, clips_per_video, window_step, fps, stride)
+        self.reading = Reading(windows, framing, decoder, seed)
+        self.on_error, self.max_bad_fraction = on_error, max_bad_fraction
+        self.selection, self.sampling_weights, self.repeats = selection, sampling_weights, repeats
         self._sets: dict[str, VideoDataset] = {}
+        self._plan = Plan([])
+        self._enlarged: list[bool] = []
+        self._told = False
+
+    @property
+    def clip_sizes(self) -> list[tuple[int, int, int]]:
+        """Frames, height and width of every bucket: checked against the model before its weights load."""
+        return [(b.frames, b.height, b.width) for b in self.buckets]
+
+    @property
+    def clip_size(self) -> tuple[int, int, int]:
+        """The first of them."""
+        return self.clip_sizes[0]
+
+    # -- what there is ---------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Find the files and read the captions, before any weight loads."""
-        for name, folder in (("train", self.videos), ("validation", self.validation)):
-            if folder is not None and name not in self._sets:
-                files = find_videos(folder)
-                self._sets[name] = VideoDataset(folder, files, read_captions(files), *self.clip_size, self.fps)
+        """List the clips, before any weight loads; look into the files where the number or shape of clips depends on them."""
+        if "train" not in self._sets:
+            clips = list_clips(self.videos, self.source, self.root, self.captions, self.caption)
+            clips, bucket_of, self._enlarged = self._look(clips, self.reading)
+            self._plan = self._planned(clips)
+            self._sets["train"] = VideoDataset(clips, self.buckets, bucket_of, self.reading, self._plan.places)
+            if self.validation is not None:
+                self._sets["validation"] = self._validation_set(self.validation)
+        if self.trainer is not None:
+            self._watch(self.trainer)
 
-    def train_dataset(self) -> Dataset[Batch]:
+    def _planned(self, clips: Sequence[Clip]) -> Plan:
+        planned = plan([clip.id for clip in clips], self.selection, self.sampling_weights, self.repeats)
+        windows = self.reading.windows
+        count = windows.count if windows.mode == "random" else 1
+        return Plan(planned.places * count, planned.weights * count if planned.weights is not None else None)
+
+    def _validation_set(self, path: str) -> VideoDataset:
+        manifest = Path(path).is_file() and recognise(Path(path)) != "clip"
+        clips = list_clips(path, root=self.root if manifest else None, captions=self.captions)
+        reading = self.reading
+        if reading.windows.mode == "random":
+            # What is measured must not change from epoch to epoch.
+            reading = replace(reading, windows=replace(reading.windows, mode="centre", count=1))
+        clips, bucket_of, _ = self._look(clips, reading)
+        # Left out of training, they are left out here too, where no slot is there to keep.
+        places = sorted((i for i, b in enumerate(bucket_of) if b is not None), key=lambda i: bucket_of[i] or 0)
+        return VideoDataset(clips, self.buckets, bucket_of, reading, places)
+
+    def _look(self, clips: list[Clip], reading: Reading) -> tuple[list[Clip], list[Optional[int]], list[bool]]:
+        """Clips (one for every window), their buckets, and which are enlarged."""
+        if len(self.buckets) == 1 and not reading.windows.needs_lengths:
+            return clips, [0] * len(clips), [False] * len(clips)
+        found = survey_all(clips, self.buckets, reading)
+        # With one bucket, a clip that can't be used keeps its slot, as it does where files are only looked into when read.
+        spare = 0 if len(self.buckets) == 1 else None
+        parts = [(clip, spare if s.bucket is None else s.bucket, s.enlarged) for s in found for clip in s.clips]
+        bad = {clip.id: clip.problem for s in found for clip in s.clips if clip.problem is not None}
+        account = Account(len(clips), len(bad), bad)
+        if bad and self.on_error == "raise":
+            name, reason = next(iter(bad.items()))
+            raise refuse_one(name, str(next(c.path for c in clips if c.id == name)), reason)
+        if account.too_many(self.max_bad_fraction):
+            raise refuse(account, self.max_bad_fraction, "this message" if len(bad) <= 3 else "the source")
+        return [p[0] for p in parts], [p[1] for p in parts], [p[2] for p in parts]
+
+    def _watch(self, trainer: Any) -> None:
+        if any(isinstance(callback, BadVideoWatch) for callback in trainer.callbacks):
+            return
+        sets = list(self._sets.values())
+
+        def paths() -> dict[str, str]:
+            return {clip.id: str(clip.path) for data in sets for clip in data.clips}
+
+        data = self._sets["train"]
+        out = {c.id: c.problem for c, b in zip(data.clips, data.bucket_of, strict=True) if b is None and c.problem}
+        trainer.callbacks.append(BadVideoWatch(self.on_error, self.max_bad_fraction, paths, out))
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def train_dataset(self) -> VideoDataset:
         return self._sets["train"]
 
+    def sample_weights(self) -> Optional[Sequence[float]]:
+        return self._plan.weights
+
+    def make_sampler(self, dataset: Dataset[Any], **ranks: int) -> ClipSampler:
+        """The order of the clips: with several buckets, one whose global batches are of one bucket each."""
+        assert isinstance(dataset, VideoDataset)
+        options: dict[str, Any] = {"batch_size": self.batch_size, "shuffle": self.shuffle, "seed": self.seed, **ranks}
+        if len(self.buckets) == 1:
+            self._tell(f"{len(dataset)} clips of {self.buckets[0]} (frames x height x width) from {self.videos}")
+            return ClipSampler(len(dataset), weights=self.sample_weights(), drop_last=self.drop_last, **options)
+        bucket_of = [dataset.bucket_of[place] for place in dataset.places]
+        global_batch = self.batch_size * ranks.get("num_replicas", 1)
+        batches = BucketBatches(
+            bucket_of, global_batch, "drop" if self.drop_last else "pad", self.seed, self.shuffle, self.sample_weights()
+        )
+        enlarged = [self._enlarged[place] for place in dataset.places]
+        left_out = [clip.problem or "" for clip, b in zip(dataset.samples, bucket_of, strict=True) if b is None]
+        self._tell(show(rows(self.buckets, bucket_of, batches, enlarged), left_out))
+        return ClipSampler(len(dataset), batches, **options)
+
+    def _tell(self, what: str) -> None:
+        if not self._told:
+            rank_zero_info(what)
+            self._told = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the epoch; with buckets, what it was counted in."""
+        state = super().state_dict()
+        if state and len(self.buckets) > 1 and self._sampler is not None:
+            state["global_batch"] = self._sampler.global_batch
+        return state
+
+    def _enter(self) -> None:
+        assert self._loaded is not None
+        assert self._sampler is not None
+        before, now = self._loaded.get("global_batch"), self._sampler.global_batch
+        if before not in (None, now) and self._loaded["samples_seen"] and not self._loaded["epoch_done"]:
+            raise UsageError(
+                f"this run stopped inside an epoch of buckets in global batches of {before} clips, and is to go on in {now}",
+                f"batch_size times ranks of {before}: what a bucket's batches are made of depends on it",
+                "set batch_size so, or resume from a checkpoint of an epoch's end",
+            )
+        super()._enter()
+
+    # -- the rest --------------------------------------------------------------------------------------------------
+
     def _plain_loader(self, name: str) -> DataLoader[Batch]:
-        return DataLoader(self._sets[name], batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=collate)
+        data = self._sets[name]
+        options: dict[str, Any] = dict(batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=collate)
+        if len(self.buckets) > 1:
+            trainer = self.trainer
+            ranks = (trainer.distributed_sampler_kwargs if trainer is not None else None) or {
+                "num_replicas": 1,
+                "rank": 0,
+            }
+            bucket_of = [data.bucket_of[place] for place in data.places]
+            batches = BucketBatches(bucket_of, self.batch_size * ranks["num_replicas"], shuffle=False)
+            options["sampler"] = ClipSampler(len(data), batches, batch_size=self.batch_size, shuffle=False, **ranks)
+        return DataLoader(data, **options)
 
     def val_dataloader(self) -> Any:
         """The validation clips in their order; nothing where there are none."""
         return self._plain_loader("validation") if "validation" in self._sets else []
 
     def test_dataloader(self) -> Any:
-        """As for validation, or the training clips where there is no validation folder."""
+        """As for validation, or the training clips where there is no validation source."""
         return self._plain_loader("validation" if "validation" in self._sets else "train")
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """The captions of the validation clips, or of the training clips, as prompts."""
-        clips = self._sets.get("validation", self._sets["train"])
-        return DataLoader(PromptDataset(clips.ids, clips.captions), batch_size=self.batch_size, collate_fn=collate)
+        data = self._sets.get("validation", self._sets["train"])
+        clips = [data.clips[place] for place in dict.fromkeys(data.places)]
+        captions = [clip.caption or "" for clip in clips]
+        return DataLoader(
+            PromptDataset([clip.id for clip in clips], captions), batch_size=self.batch_size, collate_fn=collate
+        )
+
+    def to_cache(self) -> Material:
+        """What ``muybridge cache`` encodes: every clip that is trained on, once."""
+        if self.reading.windows.mode == "random":
+            raise UsageError(
+                "window is random: every epoch has other clips, which no cache can hold",
+                "window: centre or all, where clips are cached",
+            )
+
+        def once(data: VideoDataset) -> VideoDataset:
+            kept = sorted(set(data.places))
+            clips, bucket_of = [data.clips[i] for i in kept], [data.bucket_of[i] for i in kept]
+            return VideoDataset(clips, data.buckets, bucket_of, data.reading)
+
+        validation = self._sets.get("validation")
+        return Material(once(self._sets["train"]), once(validation) if validation is not None else None)
+
+
+def survey_all(clips: Sequence[Clip], buckets: list[Bucket], reading: Reading) -> list[Survey]:
+    """A look into every clip's file, shared by the ranks of a run, several files at a time."""
+    shared = dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
+    mine = clips[rank::world]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        looked = pool.map(lambda clip: survey(clip, buckets, reading), mine)
+        progress = tqdm(looked, "looking into videos", len(mine), leave=False, delay=3.0, disable=rank > 0)
+        found = list(progress)
+    if not shared:
+        return found
+    parts: list[Any] = [None] * world
+    dist.all_gather_object(parts, found)
+    return [parts[place % world][place // world] for place in range(len(clips))]

@@ -101,8 +101,9 @@ class DiffusionModule(pl.LightningModule, ABC):
         self._take_cache()
         if any(backbone.networks for backbone in roles.values()):
             return
-        clip = getattr(getattr(self._trainer, "datamodule", None), "clip_size", None)
-        if clip is not None:
+        data = getattr(self._trainer, "datamodule", None)
+        one = getattr(data, "clip_size", None)
+        for clip in getattr(data, "clip_sizes", [one] if one is not None else []):
             self.sampled.check_clip(*clip)
         self.check()
         for role, backbone in roles.items():

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
 from muybridge.errors import UsageError
+
+if TYPE_CHECKING:
+    from muybridge.data.decoding import VideoReader
 
 Frames = np.ndarray
 """(F, H, W, 3), uint8, RGB."""
@@ -50,7 +55,9 @@ def write_video(path: str | Path, frames: Frames, fps: float = 16.0, crf: int = 
     import av
 
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
-        raise ValueError(f"frames of shape {frames.shape} and dtype {frames.dtype}: expected (F, H, W, 3), uint8, F > 0")
+        raise ValueError(
+            f"frames of shape {frames.shape} and dtype {frames.dtype}: expected (F, H, W, 3), uint8, F > 0"
+        )
     even = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     path = Path(path)
     temporary = _temporary(path)
@@ -109,20 +116,30 @@ def frame_count(path: str | Path) -> int:
 
 def read_frames(path: str | Path, indices: Sequence[int]) -> Frames:
     """Exactly the frames asked for, in the order asked for."""
-    return _reader(path).get_batch(list(indices)).asnumpy()  # type: ignore[no-any-return]
+    with _readable(path):
+        return _reader(path).frames(list(indices))
 
 
 def frame_rate(path: str | Path) -> float:
     """Average frames per second of a video file."""
-    return float(_reader(path).get_avg_fps())
+    return _reader(path).rate
 
 
-def _reader(path: str | Path):  # noqa: ANN202 - decord has no types
-    import decord
+def _reader(path: str | Path) -> VideoReader:
+    from muybridge.data.decoding import open_video
 
-    if not Path(path).is_file():
-        raise UsageError(f"video {path} does not exist", "a video file", "check the path")
+    with _readable(path):
+        return open_video(path)
+
+
+@contextmanager
+def _readable(path: str | Path) -> Iterator[None]:
+    """A file that can't be read is the user's to mend."""
+    from muybridge.data.account import BadVideo
+
     try:
-        return decord.VideoReader(str(path), num_threads=1)
-    except (RuntimeError, IndexError) as error:
-        raise UsageError(f"{path} can't be read as a video ({error})", "a complete video file", "remove or re-encode it") from error
+        yield
+    except BadVideo as error:
+        raise UsageError(
+            f"{path}: {error}", "a complete video file", "check the path; remove or re-encode the file"
+        ) from error

@@ -17,6 +17,7 @@ import torch
 from muybridge.data.account import kind
 from muybridge.data.decoding import Size
 from muybridge.data.framing import Framing, Region, place
+from muybridge.data.selection import weighted_order
 from muybridge.diffusion.draws import keyed_generator
 from muybridge.errors import UsageError
 
@@ -94,6 +95,7 @@ class BucketBatches:
             ``drop`` leaves those samples out of this epoch.
         seed: The order is a function of it and the epoch.
         shuffle: Draw a new order every epoch; samples and batches stay as they are listed where not.
+        weights: One for each sample: every bucket's share of an epoch is then its share of the weight, drawn with replacement.
     """
 
     def __init__(
@@ -103,12 +105,19 @@ class BucketBatches:
         leftover: Leftover = "pad",
         seed: int = 0,
         shuffle: bool = True,
+        weights: Optional[Sequence[float]] = None,
     ) -> None:
         self.global_batch, self.leftover, self.seed, self.shuffle = global_batch, leftover, seed, shuffle
         self.members: dict[int, list[int]] = {}
         for sample, bucket in enumerate(bucket_of):
             if bucket is not None:
                 self.members.setdefault(bucket, []).append(sample)
+        self.weights: dict[int, list[float]] = {}
+        self.counts = {bucket: len(samples) for bucket, samples in self.members.items()}
+        if weights is not None:
+            self.weights = {b: [float(weights[s]) for s in samples] for b, samples in self.members.items()}
+            total, held = sum(map(sum, self.weights.values())), sum(self.counts.values())
+            self.counts = {b: round(held * sum(w) / total) if total else 0 for b, w in self.weights.items()}
         if not len(self):
             raise UsageError(
                 f"no bucket holds the {global_batch} clips of a step",
@@ -118,7 +127,7 @@ class BucketBatches:
 
     def batches(self, bucket: int) -> int:
         """Global batches of a bucket in every epoch."""
-        count = len(self.members.get(bucket, ())) / self.global_batch
+        count = self.counts.get(bucket, 0) / self.global_batch
         return math.floor(count) if self.leftover == "drop" else math.ceil(count)
 
     def __len__(self) -> int:
@@ -130,7 +139,11 @@ class BucketBatches:
         parts: list[list[int]] = []
         for bucket in sorted(self.members):
             samples = self.members[bucket]
-            if self.shuffle:
+            if bucket in self.weights and self.batches(bucket):
+                count = self.batches(bucket) * self.global_batch
+                drawn = weighted_order(self.weights[bucket], count, self.seed, epoch)
+                samples = [samples[i] for i in drawn]
+            elif self.shuffle:
                 generator = keyed_generator(self.seed, "bucket", epoch, bucket)
                 samples = [samples[i] for i in torch.randperm(len(samples), generator=generator).tolist()]
             for batch in range(self.batches(bucket)):
@@ -174,7 +187,8 @@ def rows(
     for number, bucket in enumerate(buckets):
         clips = len(batches.members.get(number, ()))
         steps = batches.batches(number)
-        spare = steps * batches.global_batch - clips
+        # Drawn with replacement, clips repeat and stay out by chance, not to fill batches.
+        spare = 0 if batches.weights else steps * batches.global_batch - clips
         larger = sum(b == number and e for b, e in zip(bucket_of, enlarged, strict=True))
         found.append(Row(bucket, clips, steps, max(spare, 0), max(-spare, 0), larger))
     return found

@@ -19,9 +19,8 @@ from typing import Any, Literal, Optional, Protocol
 import numpy as np
 
 from muybridge.data.account import BadVideo
+from muybridge.video import Frames
 
-Frames = np.ndarray
-"""(F, H, W, 3), uint8, RGB."""
 Size = tuple[int, int]
 """Height and width."""
 Decoder = Literal["auto", "decord", "av"]

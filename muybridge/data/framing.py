@@ -7,7 +7,8 @@ from typing import Literal, Optional
 
 import numpy as np
 
-from muybridge.data.decoding import Frames, Size, resize
+from muybridge.data.decoding import Size, resize
+from muybridge.video import Frames
 
 Framing = Literal["crop", "letterbox"]
 Region = tuple[int, int, int, int]

@@ -8,9 +8,10 @@ from typing import Any, Optional
 from muybridge.data.account import BadVideo
 from muybridge.data.buckets import Bucket, assign
 from muybridge.data.clips import Clip, part
-from muybridge.data.decoding import Decoder, Frames, open_video, read_index
+from muybridge.data.decoding import Decoder, open_video, read_index
 from muybridge.data.framing import Framing, apply, decode_size, place
 from muybridge.data.windows import Windows, available, centres, check_span, cover, drawn, pick, starts
+from muybridge.video import Frames
 
 
 @dataclass(frozen=True)
