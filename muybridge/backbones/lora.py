@@ -199,14 +199,9 @@ def _discard(network: nn.Module, name: str) -> None:
     for layer_name, layer in adapter_layers(network, name).items():
         others = [a for a in layer.lora_A if a != name]
         if others:
-            left = [a for a in layer.active_adapters if a != name]
-            flags = {p: p.requires_grad for p in layer.parameters()}
-            off = layer.disable_adapters
-            layer._active_adapter = others
+            # Switched off first: peft would make another one active in its place.
+            layer._active_adapter = [a for a in layer.active_adapters if a != name]
             layer.delete_adapter(name)
-            layer._active_adapter, layer._disable_adapters = left, off
-            for parameter in layer.parameters():
-                parameter.requires_grad_(flags[parameter])
         else:
             parent, _, child = layer_name.rpartition(".")
             setattr(network.get_submodule(parent), child, layer.get_base_layer())
@@ -220,9 +215,7 @@ def _discard(network: nn.Module, name: str) -> None:
 def refuse_sharded(network: nn.Module, what: str) -> None:
     """Weights added to a sharded network would be plain tensors that no other rank's gradients reach."""
     if any(hasattr(parameter, "full_tensor") for parameter in network.parameters()):
-        raise UsageError(
-            f"{what} a sharded network", f"{what} before it is sharded", "a job does both in its prepare()"
-        )
+        raise UsageError("the network is sharded already", f"{what} before it is", "a job does this in its prepare()")
 
 
 def loaded_networks(backbone: Backbone) -> nn.ModuleDict:
