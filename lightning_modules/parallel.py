@@ -9,7 +9,7 @@ import io
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
@@ -195,7 +195,11 @@ class FullyShard(ModelParallelStrategy):
 
     def _load_folder(self, path: Path, safe: bool) -> dict[str, Any]:
         import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            get_optimizer_state_dict,
+            set_optimizer_state_dict,
+        )
 
         metadata = load_plain(_metadata_of(path), safe)
         assert self.model is not None
@@ -211,8 +215,7 @@ class FullyShard(ModelParallelStrategy):
             state = {key: get_optimizer_state_dict(self.model, optimizer)}
             dcp.load(state, checkpoint_id=path, planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
             set_optimizer_state_dict(self.model, optimizer, state[key], options=StateDictOptions(cpu_offload=True))
-            with_state = {n for n in self._names().values() if any(s.startswith(f"{key}.state.{n}.") for s in saved)}
-            self._forget_others(optimizer, with_state)
+            self._forget_others(optimizer, with_entries(saved, f"{key}.state."))
         return metadata
 
     @torch.no_grad()
@@ -231,7 +234,9 @@ class FullyShard(ModelParallelStrategy):
             return checkpoint
         states = checkpoint.get("optimizer_states", [])
         if len(states) != len(self.optimizers):
-            raise UsageError(f"{path} holds {len(states)} optimizer states", f"{len(self.optimizers)}, as this job does")
+            raise UsageError(
+                f"{path} holds {len(states)} optimizer states", f"{len(self.optimizers)}, as this job does"
+            )
         names = self._names()
         for optimizer, state in zip(self.optimizers, states, strict=True):
             ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
@@ -284,6 +289,18 @@ def rename_parameters(state: Mapping[str, Any], ordered: list[Any]) -> dict[str,
     return {"state": {new[key]: value for key, value in state["state"].items()}, "param_groups": groups}
 
 
+def with_entries(names: Iterable[str], prefix: str) -> set[str]:
+    """All that has something below it among dotted names that begin with ``prefix``, which is cut off."""
+    found = set()
+    for name in names:
+        if name.startswith(prefix):
+            name = name[len(prefix) :]
+            while "." in name:
+                name = name.rpartition(".")[0]
+                found.add(name)
+    return found
+
+
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
     """The part of a whole tensor that this rank holds of ``like``; all of it where ``like`` is no DTensor."""
     from torch.distributed.tensor import DTensor, Shard
@@ -299,7 +316,7 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
     return whole
 
 
-def consolidate(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
+def consolidate(path: str | os.PathLike[str], out: str | os.PathLike[str], trust: bool = False) -> Path:
     """Turn the folder of a sharded checkpoint into one file, as a Trainer on one process writes it.
 
     The file is resumed by any strategy and opened by ``torch.load(weights_only=True)``. It is read and written on the CPU,
@@ -308,11 +325,12 @@ def consolidate(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> Pa
     Args:
         path: The checkpoint folder.
         out: The file to write; appears only when it is whole.
+        trust: Unpickle any object, for folders written with ``trust_checkpoints``.
     """
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     folder, out = Path(path), Path(out)
-    checkpoint = load_plain(_metadata_of(folder), safe=True)
+    checkpoint = load_plain(_metadata_of(folder), safe=not trust)
     out.parent.mkdir(parents=True, exist_ok=True)
     tensors, partial = out.with_name(f".{out.name}.tensors"), out.with_name(f".{out.name}.partial")
     try:

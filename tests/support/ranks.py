@@ -29,8 +29,11 @@ PRELOAD = [
     "lightning.pytorch",
     "lightning.pytorch.strategies",
     "lightning.pytorch.cli",
-    "diffusers.models.transformers.transformer_wan",
+    "diffusers.pipelines.wan.pipeline_wan",
+    "transformers.models.umt5.modeling_umt5",
     "peft",
+    "lightning_modules",
+    "datamodules",
 ]
 
 
