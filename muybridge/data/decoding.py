@@ -71,6 +71,11 @@ class Index:
     rate: float
     reason: str
 
+    @property
+    def plain(self) -> bool:
+        """Whether frames are shown as they are stored."""
+        return self.turns == 0 and self.size == self.stored
+
 
 def check_file(path: Path) -> os.stat_result:
     """Refuse what no decoder should be let near: opening a pipe, for one, blocks for ever."""
@@ -222,8 +227,8 @@ class _Reader:
 class DecordReader(_Reader):
     """decord, for the files it is exact on.
 
-    Its frames come upright and scaled by the decoder. (Of files with a rotation it pads the rows of what it returns to 64
-    bytes but not their count, so these are asked for in a width that needs no padding and narrowed afterwards.)
+    Its frames come upright and scaled by the decoder. (Of files with a rotation or oblong pixels it pads the rows of what it
+    returns but not their count, so these are asked for in a width that needs no padding and narrowed afterwards.)
 
     Args:
         path: The file.
@@ -239,7 +244,7 @@ class DecordReader(_Reader):
         self._check(indices)
         decord = _decord()
         height, width = size or self.size
-        wide = -(-width // ROW) * ROW if self.index.turns else width
+        wide = width if self.index.plain else -(-width // ROW) * ROW
         try:
             video = decord.VideoReader(str(self.path), num_threads=1, width=wide, height=height)
             if len(video) != len(self):
