@@ -26,6 +26,7 @@ from muybridge.backbones.lora import (
     adapters,
     find_adapter,
     insert,
+    is_limited,
     linears,
     loaded_networks,
     peft_config,
@@ -93,9 +94,14 @@ def save_adapter(backbone: Backbone, path: str | Path, format: Format = "diffuse
         raise UsageError(
             f"adapter format {format!r}", "diffusers or comfyui", did_you_mean(format, ("diffusers", "comfyui"))
         )
+    if format == "comfyui" and is_limited(backbone, adapter.networks, adapter.t_min, adapter.t_max):
+        warnings.warn(
+            f"ComfyUI files can't say that the adapter acts from time {adapter.t_min:g} to {adapter.t_max:g} only: "
+            "give its loader a strength for each step there, 0 outside the range",
+            stacklevel=2,
+        )
     prefix = backbone.network_names[0]
-    written = []
-    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    files: dict[Path, tuple[dict[str, Tensor], dict[str, str]]] = {}
     for network_name in adapter.networks:
         network = backbone.networks[network_name]
         layers = _layers_of(network, name)
@@ -121,10 +127,11 @@ def save_adapter(backbone: Backbone, path: str | Path, format: Format = "diffuse
             header["lora_adapter_metadata"] = json.dumps({f"{prefix}.{k}": getattr(config, k) for k in kept})
         several = len(adapter.networks) > 1
         file = target.with_name(f"{target.stem}_{network_name}.safetensors") if several else target
-        if first:
+        files[file] = tensors, header
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        for file, (tensors, header) in files.items():
             _write(file, tensors, header)
-        written.append(file)
-    return written
+    return list(files)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -250,22 +257,21 @@ def _alphas(
     metadata: Optional[Mapping[str, Any]], prefix: str, ranks: Mapping[str, int], converted: bool, path: Path
 ) -> dict[str, float]:
     """The scale's numerator of every layer, from diffusers' header."""
-    if metadata is None:
+    said = {key.removeprefix(prefix): value for key, value in (metadata or {}).items() if key.startswith(prefix)}
+    odd = [key for key in ("use_rslora", "use_dora", "lora_bias") if said.get(key)]
+    if odd:
+        raise UsageError(f"{path} was made with {odd[0]}", "a plain LoRA", "merge it with the library that made it")
+    if "lora_alpha" not in said:
         if not converted:
             warnings.warn(
-                f"{path} does not say its alpha (no lora_adapter_metadata in the header): alpha = rank is assumed, a scale of 1",
+                f"{path} does not say its alpha (lora_adapter_metadata in the header): alpha = rank is assumed, a scale of 1",
                 stacklevel=3,
             )
         return {module: float(rank) for module, rank in ranks.items()}
     from peft.utils.other import get_pattern_key
 
-    said = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    odd = [key for key in ("use_rslora", "use_dora", "lora_bias") if said.get(key)]
-    if odd:
-        raise UsageError(f"{path} was made with {odd[0]}", "a plain LoRA", "merge it with the library that made it")
     patterns = said.get("alpha_pattern") or {}
-    default = said.get("lora_alpha", 8)
-    return {module: float(patterns.get(get_pattern_key(list(patterns), module), default)) for module in ranks}
+    return {m: float(patterns.get(get_pattern_key(list(patterns), m), said["lora_alpha"])) for m in ranks}
 
 
 def load_adapter(

@@ -105,6 +105,11 @@ def _working_range(backbone: Backbone, network: str) -> tuple[float, float]:
     return (boundary, 1000.0) if network == backbone.network_names[0] else (0.0, boundary)
 
 
+def is_limited(backbone: Backbone, networks: Sequence[str], t_min: float, t_max: float) -> bool:
+    """Whether a range leaves out times at which one of the networks works."""
+    return any(t_min > low or t_max < high for low, high in (_working_range(backbone, n) for n in networks))
+
+
 def check_lora(backbone: Backbone, lora: LoRA) -> dict[str, list[str]]:
     """The layers that ``lora`` would adapt, by network; refuses what can't work. Needs no weights.
 
@@ -271,7 +276,7 @@ def inject(backbone: Backbone, lora: LoRA, name: str = NAME) -> Adapter:
 
 def register(backbone: Backbone, name: str, names: Sequence[str], t_min: float, t_max: float, gate: bool) -> Adapter:
     """Note an adapter whose layers are in place, and gate it where its range leaves out times its networks work at."""
-    limited = any(t_min > low or t_max < high for low, high in (_working_range(backbone, n) for n in names))
+    limited = is_limited(backbone, names, t_min, t_max)
     made = gate_by_time(backbone, t_min, t_max, name) if gate and limited else None
     adapter = Adapter(name, tuple(names), t_min, t_max, made)
     adapters(backbone)[name] = adapter
@@ -305,8 +310,7 @@ def merge_adapter(backbone: Backbone, name: str = NAME, drop_range: bool = False
         drop_range: Merge an adapter with a time range too. Merged, it acts at all times.
     """
     adapter = find_adapter(backbone, name)
-    ranges = [_working_range(backbone, n) for n in adapter.networks]
-    if any(adapter.t_min > low or adapter.t_max < high for low, high in ranges) and not drop_range:
+    if is_limited(backbone, adapter.networks, adapter.t_min, adapter.t_max) and not drop_range:
         raise UsageError(
             f"the adapter {name!r} acts from time {adapter.t_min:g} to {adapter.t_max:g} only",
             "an adapter without a time range: merged weights act at all times",

@@ -709,6 +709,15 @@ def test_comfyui_files_read_back_the_same(
     torch.testing.assert_close(predict(ours), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_time_range_is_not_lost_in_silence(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    backbone = adapted(tiny_checkpoint("wan"), LoRA(t_min=Boundary(700.0)))
+    with pytest.warns(UserWarning, match=r"ComfyUI files can't say(.|\n)*700 to 1000"):
+        [file] = save_adapter(backbone, tmp_path / "comfy.safetensors", format="comfyui")
+    again = open_tiny(tiny_checkpoint("wan"))
+    assert load_adapter(again, file).t_min == 700.0  # our own header still knows
+    assert torch.equal(predict(again), predict(backbone))
+
+
 def test_hunyuans_fused_layers_change_exactly_what_was_adapted(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     backbone = adapted(tiny_checkpoint("hunyuan"), LoRA(rank=2, alpha=3.0))
     [file] = save_adapter(backbone, tmp_path / "comfy.safetensors", format="comfyui")
