@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Optional
 
@@ -73,6 +72,5 @@ class TrajectoryData(ResumableData):
         assert self._trajectories is not None
         return TrajectoryDataset(self._trajectories, self.cache)
 
-    def collate(self, clips: Sequence[Any]) -> TrajectoryBatch:
-        """Single trajectories to one batch."""
-        return TrajectoryBatch.cat(clips)
+    # Not a method, for the reason given in the base class.
+    collate = staticmethod(TrajectoryBatch.cat)

@@ -11,18 +11,14 @@ from typing import Any, Literal, Optional
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from datamodules.bad_videos import BadVideoWatch, OnError, refuse_one
-from datamodules.base import ResumableData
-from datamodules.collate import collate
-from datamodules.prompts import PromptDataset
-from datamodules.sampling import ResumableSampler
+from datamodules.clips import CachedClips, ClipData, ClipDataset, ClipSampler, Place
 from muybridge.batch import Batch
 from muybridge.data.account import Account, BadVideo, refuse
-from muybridge.data.buckets import Bucket, BucketBatches, rows, show
+from muybridge.data.buckets import Bucket
+from muybridge.data.cache import Cache
 from muybridge.data.clips import Clip
 from muybridge.data.encoding import Material
 from muybridge.data.reading import Reading, Survey, read_clip, survey
@@ -32,11 +28,10 @@ from muybridge.data.windows import Windows
 from muybridge.errors import UsageError
 from muybridge.video import to_pixels
 
-Place = tuple[int, int]
-"""Epoch and sample."""
+__all__ = ["ClipSampler", "VideoData", "VideoDataset"]
 
 
-class VideoDataset(Dataset[Batch]):
+class VideoDataset(ClipDataset):
     """Clips as batches of one, decoded when asked for. One that can't be used is absent, with the reason as its remark.
 
     Args:
@@ -55,16 +50,13 @@ class VideoDataset(Dataset[Batch]):
         reading: Reading,
         places: Optional[Sequence[int]] = None,
     ) -> None:
-        self.clips, self.buckets, self.bucket_of, self.reading = list(clips), list(buckets), list(bucket_of), reading
-        self.places = list(places) if places is not None else list(range(len(self.clips)))
+        super().__init__(clips, buckets, bucket_of, places)
+        self.reading = reading
         seen: dict[int, int] = {}
         self.draws = []
         for place in self.places:
             self.draws.append(seen.get(place, 0))
             seen[place] = self.draws[-1] + 1
-
-    def __len__(self) -> int:
-        return len(self.places)
 
     def __getitem__(self, key: int | Place) -> Batch:
         epoch, sample = key if isinstance(key, tuple) else (0, key)
@@ -80,49 +72,19 @@ class VideoDataset(Dataset[Batch]):
         return Batch([taken.id], to_pixels(taken.frames)[None], prompts=prompts, fps=taken.fps, remarks=remarks)
 
     @property
-    def samples(self) -> list[Clip]:
-        """The clip of every sample."""
-        return [self.clips[place] for place in self.places]
-
-    @property
     def preprocessing(self) -> Mapping[str, Any]:
         """All settings that the pixels of a clip depend on."""
         return {"clips": [str(bucket) for bucket in self.buckets], **self.reading.settings()}
 
 
-class ClipSampler(ResumableSampler):
-    """The order of clips; gives the epoch with every index, since random windows differ between epochs.
-
-    Args:
-        samples: Number of samples.
-        batches: The order where global batches are of one bucket each.
-        options: As for :class:`~datamodules.sampling.ResumableSampler`.
-    """
-
-    def __init__(self, samples: int, batches: Optional[BucketBatches] = None, **options: Any) -> None:
-        self.plan = batches
-        if batches is not None:
-            # Whole global batches, so nothing is left to fill up or to drop.
-            samples = len(batches)
-        super().__init__(samples, **options)
-
-    def order(self, epoch: int) -> list[int]:
-        """The samples of an epoch, in order."""
-        return super().order(epoch) if self.plan is None else self.plan.order(epoch)
-
-    def __iter__(self) -> Any:
-        indices = super().__iter__()
-        epoch = self.epoch
-        return ((epoch, index) for index in indices)
-
-
-class VideoData(ResumableData):
+class VideoData(ClipData):
     """Clips of videos with captions, from a folder, a table, the manifest of a data set, or one file.
 
     Args:
         videos: A folder with a .txt caption beside each video; a .csv, .tsv, .jsonl or .parquet table with columns ``video`` and
             ``caption``; an Open-Sora-Plan or MixKit .json (``path``, ``cap``); a VIDGEN .json (``vid``, ``caption``); or a video.
         validation: Another of these, for the validation loss; none where not given.
+        cache: What ``muybridge cache`` made of these clips: latents and texts are read from it, and no video is decoded.
         source: What ``videos`` is, where its name and content do not tell.
         root: Folder that a manifest's paths are relative to; the manifest's own where not given.
         captions: Whether a clip without a caption is an error, or gets the empty one.
@@ -156,6 +118,7 @@ class VideoData(ResumableData):
         self,
         videos: str,
         validation: Optional[str] = None,
+        cache: Optional[str] = None,
         source: Kind = "auto",
         root: Optional[str] = None,
         captions: Captions = "required",
@@ -196,20 +159,8 @@ class VideoData(ResumableData):
         self.reading = Reading(windows, framing, decoder, seed)
         self.on_error, self.max_bad_fraction = on_error, max_bad_fraction
         self.selection, self.sampling_weights, self.repeats = selection, sampling_weights, repeats
-        self._sets: dict[str, VideoDataset] = {}
-        self._plan = Plan([])
-        self._enlarged: list[bool] = []
-        self._told = False
-
-    @property
-    def clip_sizes(self) -> list[tuple[int, int, int]]:
-        """Frames, height and width of every bucket: checked against the model before its weights load."""
-        return [(b.frames, b.height, b.width) for b in self.buckets]
-
-    @property
-    def clip_size(self) -> tuple[int, int, int]:
-        """The first of them."""
-        return self.clip_sizes[0]
+        self.cache_path, self.origin = cache, videos
+        self._videos: dict[str, VideoDataset] = {}
 
     # -- what there is ---------------------------------------------------------------------------------------------
 
@@ -219,9 +170,10 @@ class VideoData(ResumableData):
             clips = list_clips(self.videos, self.source, self.root, self.captions, self.caption)
             clips, bucket_of, self._enlarged = self._look(clips, self.reading)
             self._plan = self._planned(clips)
-            self._sets["train"] = VideoDataset(clips, self.buckets, bucket_of, self.reading, self._plan.places)
+            self._videos["train"] = VideoDataset(clips, self.buckets, bucket_of, self.reading, self._plan.places)
             if self.validation is not None:
-                self._sets["validation"] = self._validation_set(self.validation)
+                self._videos["validation"] = self._validation_set(self.validation)
+            self._sets = dict(self._videos) if self.cache_path is None else self._cached(Path(self.cache_path))
         if self.trainer is not None:
             self._watch(self.trainer)
 
@@ -260,6 +212,17 @@ class VideoData(ResumableData):
             raise refuse(account, self.max_bad_fraction, "this message" if len(bad) <= 3 else "the source")
         return [p[0] for p in parts], [p[1] for p in parts], [p[2] for p in parts]
 
+    def _cached(self, path: Path) -> dict[str, ClipDataset]:
+        """The same clips in the same places, from a cache."""
+        found: dict[str, ClipDataset] = {}
+        self.cache = Cache(path)
+        for name, videos in self._videos.items():
+            cache = self.cache if name == "train" else Cache(path / name)
+            cache.check_preprocessing(videos.preprocessing)
+            cache.check_clips([videos.clips[place] for place in dict.fromkeys(videos.places)])
+            found[name] = CachedClips(cache, videos.clips, videos.buckets, videos.bucket_of, videos.places)
+        return found
+
     def _watch(self, trainer: Any) -> None:
         if any(isinstance(callback, BadVideoWatch) for callback in trainer.callbacks):
             return
@@ -271,88 +234,6 @@ class VideoData(ResumableData):
         data = self._sets["train"]
         out = {c.id: c.problem for c, b in zip(data.clips, data.bucket_of, strict=True) if b is None and c.problem}
         trainer.callbacks.append(BadVideoWatch(self.on_error, self.max_bad_fraction, paths, out))
-
-    # -- training --------------------------------------------------------------------------------------------------
-
-    def train_dataset(self) -> VideoDataset:
-        return self._sets["train"]
-
-    def sample_weights(self) -> Optional[Sequence[float]]:
-        return self._plan.weights
-
-    def make_sampler(self, dataset: Dataset[Any], **ranks: int) -> ClipSampler:
-        """The order of the clips: with several buckets, one whose global batches are of one bucket each."""
-        assert isinstance(dataset, VideoDataset)
-        options: dict[str, Any] = {"batch_size": self.batch_size, "shuffle": self.shuffle, "seed": self.seed, **ranks}
-        if len(self.buckets) == 1:
-            self._tell(f"{len(dataset)} clips of {self.buckets[0]} (frames x height x width) from {self.videos}")
-            return ClipSampler(len(dataset), weights=self.sample_weights(), drop_last=self.drop_last, **options)
-        bucket_of = [dataset.bucket_of[place] for place in dataset.places]
-        global_batch = self.batch_size * ranks.get("num_replicas", 1)
-        batches = BucketBatches(
-            bucket_of, global_batch, "drop" if self.drop_last else "pad", self.seed, self.shuffle, self.sample_weights()
-        )
-        enlarged = [self._enlarged[place] for place in dataset.places]
-        left_out = [clip.problem or "" for clip, b in zip(dataset.samples, bucket_of, strict=True) if b is None]
-        self._tell(show(rows(self.buckets, bucket_of, batches, enlarged), left_out))
-        return ClipSampler(len(dataset), batches, **options)
-
-    def _tell(self, what: str) -> None:
-        if not self._told:
-            rank_zero_info(what)
-            self._told = True
-
-    def state_dict(self) -> dict[str, Any]:
-        """The place in the epoch; with buckets, what it was counted in."""
-        state = super().state_dict()
-        if state and len(self.buckets) > 1 and self._sampler is not None:
-            state["global_batch"] = self._sampler.global_batch
-        return state
-
-    def _enter(self) -> None:
-        assert self._loaded is not None
-        assert self._sampler is not None
-        before, now = self._loaded.get("global_batch"), self._sampler.global_batch
-        if before not in (None, now) and self._loaded["samples_seen"] and not self._loaded["epoch_done"]:
-            raise UsageError(
-                f"this run stopped inside an epoch of buckets in global batches of {before} clips, and is to go on in {now}",
-                f"batch_size times ranks of {before}: what a bucket's batches are made of depends on it",
-                "set batch_size so, or resume from a checkpoint of an epoch's end",
-            )
-        super()._enter()
-
-    # -- the rest --------------------------------------------------------------------------------------------------
-
-    def _plain_loader(self, name: str) -> DataLoader[Batch]:
-        data = self._sets[name]
-        options: dict[str, Any] = dict(batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=collate)
-        if len(self.buckets) > 1:
-            trainer = self.trainer
-            ranks = (trainer.distributed_sampler_kwargs if trainer is not None else None) or {
-                "num_replicas": 1,
-                "rank": 0,
-            }
-            bucket_of = [data.bucket_of[place] for place in data.places]
-            batches = BucketBatches(bucket_of, self.batch_size * ranks["num_replicas"], shuffle=False)
-            options["sampler"] = ClipSampler(len(data), batches, batch_size=self.batch_size, shuffle=False, **ranks)
-        return DataLoader(data, **options)
-
-    def val_dataloader(self) -> Any:
-        """The validation clips in their order; nothing where there are none."""
-        return self._plain_loader("validation") if "validation" in self._sets else []
-
-    def test_dataloader(self) -> Any:
-        """As for validation, or the training clips where there is no validation source."""
-        return self._plain_loader("validation" if "validation" in self._sets else "train")
-
-    def predict_dataloader(self) -> DataLoader[Batch]:
-        """The captions of the validation clips, or of the training clips, as prompts."""
-        data = self._sets.get("validation", self._sets["train"])
-        clips = [data.clips[place] for place in dict.fromkeys(data.places)]
-        captions = [clip.caption or "" for clip in clips]
-        return DataLoader(
-            PromptDataset([clip.id for clip in clips], captions), batch_size=self.batch_size, collate_fn=collate
-        )
 
     def to_cache(self) -> Material:
         """What ``muybridge cache`` encodes: every clip that is trained on, once."""
@@ -367,8 +248,8 @@ class VideoData(ResumableData):
             clips, bucket_of = [data.clips[i] for i in kept], [data.bucket_of[i] for i in kept]
             return VideoDataset(clips, data.buckets, bucket_of, data.reading)
 
-        validation = self._sets.get("validation")
-        return Material(once(self._sets["train"]), once(validation) if validation is not None else None)
+        validation = self._videos.get("validation")
+        return Material(once(self._videos["train"]), once(validation) if validation is not None else None)
 
 
 def survey_all(clips: Sequence[Clip], buckets: list[Bucket], reading: Reading) -> list[Survey]:

@@ -50,6 +50,11 @@ class Bucket:
     def __str__(self) -> str:
         return f"{self.frames}x{self.height}x{self.width}"
 
+    @staticmethod
+    def parse(text: str) -> Bucket:
+        """The inverse of ``str``."""
+        return Bucket(*(int(side) for side in text.split("x")))
+
 
 def kept(
     bucket: Bucket, frames: float, source: Size, framing: Framing = "crop", region: Optional[Region] = None

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from muybridge.backbones.base import Backbone
 from muybridge.batch import Batch
+from muybridge.data.buckets import Bucket
 from muybridge.data.clips import Clip
 from muybridge.data.content import content_key, latents_key, size_of_key, text_encoder_key, text_key
 from muybridge.data.shards import ShardReader, ShardWriter, find_broken, remove, sweep
@@ -199,20 +200,55 @@ class Cache:
     def bad(self) -> dict[str, str]:
         """Clips of the source that could not be read, and why."""
         table = self.latents.table
-        return (
-            {i: e for i, e in zip(table["id"].to_pylist(), table["error"].to_pylist(), strict=True) if e is not None}
-            if len(table)
-            else {}
-        )
+        if not len(table):
+            return {}
+        rows = zip(table["id"].to_pylist(), table["error"].to_pylist(), strict=True)
+        return {name: error for name, error in rows if error is not None}
 
     @cached_property
-    def ids(self) -> list[str]:
-        """Ids of the clips that are there, in the order of their source."""
+    def _rows(self) -> list[dict[str, Any]]:
+        """The clips that are there, in the order of their source."""
         table = self.latents.table
         if not len(table):
             return []
-        rows = zip(table["position"].to_pylist(), table["id"].to_pylist(), table["error"].to_pylist(), strict=True)
-        return [i for _, i, error in sorted(rows, key=lambda row: row[:2]) if error is None]
+        names = ["position", "id", "caption", "frames", "height", "width", "error"]
+        rows = [row for row in table.select(names).to_pylist() if row["error"] is None]
+        return sorted(rows, key=lambda row: (row["position"], row["id"]))
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of the clips that are there, in the order of their source."""
+        return [row["id"] for row in self._rows]
+
+    @property
+    def captions(self) -> list[str]:
+        """Their captions."""
+        return [row["caption"] for row in self._rows]
+
+    @property
+    def sizes(self) -> list[Bucket]:
+        """Frames, height and width of each, in pixels."""
+        return [Bucket(row["frames"], row["height"], row["width"]) for row in self._rows]
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """All sizes that the cache was made for, in the order of the configuration."""
+        listed = [Bucket.parse(text) for text in self.preprocessing.get("clips", ())]
+        return list(dict.fromkeys([*listed, *sorted(set(self.sizes))]))
+
+    @cached_property
+    def _latent_shapes(self) -> dict[Bucket, tuple[int, ...]]:
+        table = self.latents.table
+        names = ["frames", "height", "width", "shape", "error"]
+        rows = [row for row in table.select(names).to_pylist() if row["error"] is None]
+        return {Bucket(row["frames"], row["height"], row["width"]): tuple(row["shape"]) for row in rows}
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
+        """Shape of the latents of clips of a size."""
+        size = Bucket(frames, height, width)
+        if size not in self._latent_shapes:
+            raise UsageError(f"the cache {self.path} holds no clip of {size}", "at least one that could be read")
+        return self._latent_shapes[size]
 
     @property
     def preprocessing(self) -> dict[str, Any]:
