@@ -1,7 +1,7 @@
 """Clips of several shapes and lengths, each batch of one: which clip goes where, how many are left out, and in what order.
 
-A clip goes to the bucket that keeps most of it: of the frames and pixels its video has, the share that the clip still holds.
-Cropping loses what sticks out, shrinking loses detail, a short bucket loses time; enlarging gains nothing.
+A clip goes to the bucket that loses least of its picture (cropping loses what sticks out, shrinking loses detail, enlarging
+makes up what is not there), and of several that are as good to the longest that it fills.
 """
 
 from __future__ import annotations
@@ -56,38 +56,39 @@ class Bucket:
         return Bucket(*(int(side) for side in text.split("x")))
 
 
-def kept(
-    bucket: Bucket, frames: float, source: Size, framing: Framing = "crop", region: Optional[Region] = None
-) -> float:
-    """The share of a video, in frames times pixels, that a clip of this bucket holds; 0 where the video is too short.
+def kept(size: Size, source: Size, framing: Framing = "crop", region: Optional[Region] = None) -> float:
+    """How much of a picture is left: the share of it that is seen, times how far its sides are shrunk or enlarged.
 
     Args:
-        bucket: The bucket.
+        size: Height and width of the clip.
+        source: Height and width of the video.
+        framing: How the one is brought to the other.
+        region: The part of the picture that may be used.
+    """
+    placement = place(source, size, framing, region)
+    left, right, top, bottom = region or (0, source[1], 0, source[0])
+    area = placement.scaled[0] / source[0] * placement.scaled[1] / source[1]
+    seen = placement.kept / (area * (right - left) * (bottom - top))
+    return min(seen, 1.0) * min(math.sqrt(area), 1 / math.sqrt(area))
+
+
+def assign(
+    buckets: Sequence[Bucket], frames: int, source: Size, framing: Framing = "crop", region: Optional[Region] = None
+) -> Optional[int]:
+    """The bucket of a video; ``None`` where all are too long for it.
+
+    Args:
+        buckets: Those there are.
         frames: How many frames the video has at the clip's rate.
         source: Its size.
         framing: How it is brought to the bucket's size.
         region: The part of the picture that may be used.
     """
-    if frames < bucket.frames:
-        return 0.0
-    placement = place(source, bucket.size, framing, region)
-    left, right, top, bottom = region or (0, source[1], 0, source[0])
-    scale = placement.scaled[0] / source[0] * placement.scaled[1] / source[1]
-    # Enlarged pixels hold no more than the source's own.
-    return bucket.frames / frames * (placement.kept / max(scale, 1.0)) / ((right - left) * (bottom - top))
-
-
-def assign(
-    buckets: Sequence[Bucket], frames: float, source: Size, framing: Framing = "crop", region: Optional[Region] = None
-) -> Optional[int]:
-    """The bucket that keeps most of a video, the smaller of two that keep as much; ``None`` where all are too long for it."""
-
-    def merit(number: int) -> tuple[float, int]:
-        bucket = buckets[number]
-        return round(kept(bucket, frames, source, framing, region), 6), -bucket.height * bucket.width
-
-    best = max(range(len(buckets)), key=merit)
-    return best if merit(best)[0] > 0 else None
+    fitting = [number for number, bucket in enumerate(buckets) if bucket.frames <= frames]
+    if not fitting:
+        return None
+    # Rounding of sizes to whole pixels must not decide.
+    return max(fitting, key=lambda n: (round(kept(buckets[n].size, source, framing, region), 3), buckets[n].frames))
 
 
 class BucketBatches:

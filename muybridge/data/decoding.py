@@ -250,7 +250,8 @@ class DecordReader(_Reader):
             if len(video) != len(self):
                 raise BadVideo(f"damaged: decord counts {len(video)} frames, its packets say {len(self)}")
             frames = video.get_batch(list(indices)).asnumpy()
-        except (decord.DECORDError, RuntimeError, IndexError) as error:
+        except (decord.DECORDError, RuntimeError, IndexError, UnicodeEncodeError) as error:
+            # (The last: it takes no file name that is not UTF-8.)
             raise BadVideo(f"damaged: decord can't read it ({_said(error)})") from error
         return frames if wide == width else resize(frames, (height, width))
 
