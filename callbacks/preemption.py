@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,27 +14,41 @@ from typing import Any, Optional
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from muybridge.errors import UsageError
 
-STEM = "preempted-"
+LEFT_EARLY = 75
+"""Exit code of a run that was told to leave: the system's own word for "try again" (EX_TEMPFAIL)."""
+
+
+class Preempted(SystemExit):
+    """The run has saved and leaves. No end of an epoch and no validation come first: the time is not the run's any more."""
+
+    def __init__(self) -> None:
+        super().__init__(LEFT_EARLY)
 
 
 class Preemption(pl.Callback):
-    """Save and stop when the cluster says so; under SLURM, put the job back into the queue.
+    """Save and leave when the cluster says so; under SLURM, put the job back into the queue.
 
-    The signal handler only sets a flag. Ranks compare flags between two batches, and save together: Lightning's own handler
-    saves where the signal finds it, and if that is inside a collective on one rank and outside on another, both wait for
-    ever. Start the job with ``--ckpt_path last``: it then begins, or goes on, with the same command.
+    The signal handler only sets a flag. Ranks compare flags after an update, and save together: Lightning's own handlers save
+    and broadcast where the signal finds them, and if that is inside a collective on one rank and outside it on another, both
+    wait for ever. Start the job with ``--ckpt_path last``: the same command then begins, or goes on.
 
     Args:
         signals: What the cluster sends before it takes the node; ``#SBATCH --signal=USR1@120`` sends the first 120 seconds
             before the time limit.
-        every: Batches between two comparisons; one small all-reduce each.
-        dirpath: Where the checkpoint goes; the run's ``default_root_dir`` where not given.
-        requeue: Under SLURM, call ``scontrol requeue`` for this job.
+        every: Updates between two comparisons, which are one small all-reduce each.
+        dirpath: Where the checkpoint goes; where ``ModelCheckpoint`` was told to write, else ``default_root_dir``, where not
+            given.
+        requeue: Under SLURM, ask for the job to be run again. Not after SIGTERM, which comes from ``scancel``, or from a
+            scheduler that does so itself.
+        name: Name of the run; the SLURM job's where not given. A run does not go on from a checkpoint in its own folder that
+            a run of another name wrote.
     """
 
     def __init__(
@@ -42,48 +57,85 @@ class Preemption(pl.Callback):
         every: int = 1,
         dirpath: Optional[str] = None,
         requeue: bool = True,
+        name: Optional[str] = None,
     ) -> None:
-        unknown = [s for s in signals if not hasattr(signal, s)]
+        unknown = [s for s in signals if not isinstance(getattr(signal, s, None), signal.Signals)]
         if unknown or not signals:
             raise UsageError(f"Preemption signals are {list(signals)}", "names of signals, such as SIGUSR1 and SIGTERM")
         if every < 1:
-            raise UsageError(f"Preemption every is {every}", "a number of batches, 1 or more")
+            raise UsageError(f"Preemption every is {every}", "a number of updates, 1 or more")
         self.signals = [getattr(signal, s) for s in signals]
-        self.every, self.dirpath, self.requeue = every, dirpath, requeue
+        self.every, self.dirpath, self.requeue, self.name = every, dirpath, requeue, name
         self.told: Optional[int] = None
         self._before: dict[int, Any] = {}
         self._owner = 0
-        self._batches = 0
+        self._last = 0
 
     # -- listening -------------------------------------------------------------------------------------------------
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen; refuses to share the job with Lightning's own handler."""
-        environment = getattr(trainer._accelerator_connector, "cluster_environment", None)
-        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-            # It has installed its own handlers for the same signals by now, or will: there must be one.
-            environment.auto_requeue = False
+    def setup(self, trainer: Any, pl_module: pl.LightningModule, stage: str) -> None:
+        """Listen from the start, since loading weights can take minutes, and take the last place among the callbacks."""
+        if stage != TrainerFn.FITTING:
+            return
         if threading.current_thread() is not threading.main_thread():
             raise UsageError("Preemption in a run outside the main thread", "the main thread, where signals arrive")
-        self.told, self._batches, self._owner = None, 0, os.getpid()
+        environment = getattr(trainer._accelerator_connector, "cluster_environment", None)
+        if isinstance(environment, SLURMEnvironment):
+            environment.auto_requeue = False
+        # What others do after an update (EMA's step) must be in the checkpoint. A new list, because this one is being
+        # iterated over.
+        rest = [c for c in trainer.callbacks if c is not self]
+        first = next((i for i, c in enumerate(rest) if isinstance(c, Checkpoint)), len(rest))
+        trainer.callbacks = [*rest[:first], self, *rest[first:]]
+        self.told, self._owner = None, os.getpid()
+        self._before = {number: signal.getsignal(number) for number in self.signals}
+        self._listen()
+
+    def _listen(self) -> None:
         for number in self.signals:
-            self._before[number] = signal.signal(number, self._note)
+            signal.signal(number, self._note)
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Listen again: Lightning has put its own handler of SIGTERM before ours, and that one broadcasts."""
+        self._listen()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Listen again, and refuse to begin anew what was left to be gone on with."""
+        self._listen()
+        # Lightning gives handlers back after a run as it found them, ours among them; after an error it does so last.
+        found = trainer._signal_connector._original_handlers
+        found.update({n: before for n, before in self._before.items() if found.get(n) == self._note})
+        self._last = trainer.global_step
+        left = self._written(trainer)
+        if left and not trainer.ckpt_path:
+            raise UsageError(
+                f"{left[-1]} was left by this run to go on from, and this run starts anew",
+                "--ckpt_path last in the command of a run that may be put back into the queue",
+                "add it; or remove that checkpoint, or give another trainer.default_root_dir, to start anew",
+            )
 
     def _note(self, number: int, frame: Any) -> None:
-        # Data workers inherit this handler with the fork; they have nothing to save and die by the signal as before.
-        if os.getpid() == self._owner:
+        if os.getpid() != self._owner:
+            # A process forked from this one, such as a data worker of another library: it has nothing to save.
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+        elif number in self._before:
             self.told = number
-        elif number == signal.SIGTERM:
-            os._exit(128 + number)
+        else:
+            # The run is over, or failed before it began, and something put this handler back.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def _deafen(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before.clear()
+        self._before = {}
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the signals back."""
+        """Give the signals back; a run that came to its end has nothing left to go on from."""
         self._deafen()
+        if trainer.is_global_zero:
+            self._remove(self._written(trainer))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Give the signals back."""
@@ -94,46 +146,99 @@ class Preemption(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Leave if any rank was told to."""
-        self._batches += 1
-        if self._batches % self.every == 0 and not trainer.should_stop and self._agreed(trainer):
-            self._leave(trainer)
+        """Leave if any rank was told to; only after an update, since gradients of micro-batches are in no checkpoint."""
+        if trainer.global_step - self._last < self.every:
+            return
+        self._last = trainer.global_step
+        told = self._agreed(trainer)
+        if told is not None:
+            self._leave(trainer, told)
 
-    def _agreed(self, trainer: pl.Trainer) -> bool:
-        told = torch.tensor(float(self.told is not None), device=trainer.strategy.root_device)
-        return bool(trainer.strategy.reduce(told, reduce_op="sum") > 0)
+    def _agreed(self, trainer: pl.Trainer) -> Optional[int]:
+        """What any rank was told: that signal asks for the most which is not SIGTERM."""
+        urgency = 0 if self.told is None else 1 if self.told == signal.SIGTERM else 2
+        everywhere = trainer.strategy.reduce(
+            torch.tensor(urgency, device=trainer.strategy.root_device), reduce_op="max"
+        )
+        return int(everywhere) or None
 
-    def _leave(self, trainer: pl.Trainer) -> None:
-        folder = Path(self.dirpath or trainer.default_root_dir)
-        path = folder / f"{STEM}{trainer.global_step:08d}.ckpt"
+    def _leave(self, trainer: pl.Trainer, urgency: int) -> None:
+        before = self._written(trainer)
+        path = self._folder(trainer) / f"{self._stem()}{trainer.global_step:08d}.ckpt"
         trainer.save_checkpoint(path)
-        trainer.strategy.barrier("preemption")
-        trainer.should_stop = True
-        rank_zero_info(f"preempted: saved {path}; go on with --ckpt_path last")
+        rank_zero_info(f"told to leave: saved {path}; --ckpt_path last goes on from it")
         if trainer.is_global_zero:
-            self._prune(folder, path)
-            self._back_into_the_queue()
+            self._remove(p for p in before if p != path)
+            if urgency == 2 and self.requeue:
+                back_into_the_queue()
+        raise Preempted
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    def _folder(self, trainer: pl.Trainer) -> Path:
+        told = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+        return Path(self.dirpath or (told[0] if told else trainer.default_root_dir))
+
+    @property
+    def run(self) -> str:
+        """The run's name; empty where nobody gave it one."""
+        return self.name or ("" if interactive() else os.environ.get("SLURM_JOB_NAME", ""))
+
+    def _stem(self) -> str:
+        run = re.sub(r"[^\w.-]+", "-", self.run)
+        return f"preempted-{run}-" if run else "preempted-"
+
+    def _written(self, trainer: pl.Trainer) -> list[Path]:
+        """The checkpoints this run left, oldest first."""
+        pattern = re.compile(re.escape(self._stem()) + r"\d{8,}\.ckpt")
+        folder = self._folder(trainer)
+        return sorted(p for p in folder.iterdir() if pattern.fullmatch(p.name)) if folder.is_dir() else []
 
     @staticmethod
-    def _prune(folder: Path, newest: Path) -> None:
-        """Earlier preemptions' checkpoints are behind this one, and sharded ones are large."""
-        for old in folder.glob(f"{STEM}*.ckpt"):
-            if old != newest:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+    def _remove(paths: Any) -> None:
+        for path in paths:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def _back_into_the_queue(self) -> None:
-        job = os.environ.get("SLURM_JOB_ID")
-        # A shell under salloc has these names; it is a person's, and is not to be taken away.
-        interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
-        if not (self.requeue and job) or interactive:
+    def state_dict(self) -> dict[str, Any]:
+        """The run's name, in every checkpoint."""
+        return {"run": self.run}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse to go on from another run's checkpoint in a folder that both use."""
+        state = checkpoint.get("callbacks", {}).get(self.state_key, {})
+        theirs = state.get("run", "")
+        if trainer.state.fn != TrainerFn.FITTING or not theirs or not self.run or theirs == self.run:
             return
-        # Of a job array, this element alone.
-        array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-        name = f"{array}_{task}" if array and task else job
-        done = subprocess.run(["scontrol", "requeue", name], capture_output=True, text=True, check=False)
-        if done.returncode:
+        path = Path(str(trainer.ckpt_path)).resolve()
+        shared = [
+            f for f in (self._folder(trainer), Path(trainer.default_root_dir)) if path.is_relative_to(f.resolve())
+        ]
+        if shared:
             raise UsageError(
-                f"scontrol requeue {name} failed: {done.stderr.strip()}",
-                "a job that may be requeued",
-                "submit with #SBATCH --requeue; the checkpoint is saved, so submitting again goes on from it",
+                f"{path} was written by the run {theirs!r}, and this is the run {self.run!r}, in the same folder {shared[0]}",
+                "a folder of its own for every run",
+                f"set trainer.default_root_dir; or, to go on with that run, name: {theirs} of Preemption (or that job name)",
             )
+
+
+def interactive() -> bool:
+    """Whether this is a person's shell under SLURM, which is not to be taken away."""
+    return os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+
+
+def back_into_the_queue() -> None:
+    """Ask SLURM to run this job again; of a job array, this element alone. Outside SLURM there is nothing to ask."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if not job or interactive():
+        return
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    name = f"{array}_{task}" if array and task else job
+    done = subprocess.run(["scontrol", "requeue", name], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UsageError(
+            f"scontrol requeue {name} failed: {done.stderr.strip()}",
+            "a job that may be requeued",
+            "submit with #SBATCH --requeue; the checkpoint is saved, and submitting again goes on from it",
+        )

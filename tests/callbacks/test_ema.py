@@ -67,7 +67,9 @@ def fit(path: Path, root: Path, ema: EMA, *more: pl.Callback, **settings: Any) -
     ],
     ids=["plain", "warm-up", "capped", "start", "every", "all"],
 )
-def test_the_average_is_the_recursion(options: dict[str, Any], steps: dict[int, float], tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+def test_the_average_is_the_recursion(
+    options: dict[str, Any], steps: dict[int, float], tiny_checkpoint: Tiny, tmp_path: Path
+) -> None:
     module = finetuning(tiny_checkpoint("wan"))
     module.configure_model()
     wanted = copy(module)

@@ -1,0 +1,262 @@
+"""A run that is told to leave saves, leaves, and goes on as if it had not: one process, and two whose signals differ."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from support.counting import Kick, count
+from support.ranks import run_ranks
+from support.strategies import Left, run
+
+from callbacks.ema import EMA
+from callbacks.preemption import LEFT_EARLY, Preempted, Preemption
+from muybridge.errors import UsageError
+
+Tiny = Callable[[str], Path]
+DATA: dict[str, Any] = dict(size=24, batch_size=3)
+EPOCHS: dict[str, Any] = dict(max_epochs=2)
+
+
+class Hooks(pl.Callback):
+    """Names of the hooks that come after an update."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def on_validation_start(self, *_: Any) -> None:
+        self.seen.append("validation")
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        self.seen.append("epoch end")
+
+    def on_train_end(self, *_: Any) -> None:
+        self.seen.append("end")
+
+
+def leave(
+    root: Path, told: str = "SIGUSR1", step: int = 3, *more: pl.Callback, data: Any = DATA, **options: Any
+) -> list[Path]:
+    """A run that gets a signal in the middle of a step; the files it leaves."""
+    callbacks = [Preemption(**options), Kick(0, step, told), *more]
+    saves = any(isinstance(c, ModelCheckpoint) for c in more)
+    settings = {**EPOCHS, "default_root_dir": str(root), "enable_checkpointing": saves}
+    with pytest.raises(Preempted) as left:
+        count(data, settings, callbacks)
+    assert left.value.code == LEFT_EARLY
+    return sorted(root.glob("**/*.ckpt"))
+
+
+def go_on(root: Path, path: Optional[Path], *more: pl.Callback, data: Any = DATA, **options: Any) -> list[list[int]]:
+    trainer = {**EPOCHS, "default_root_dir": str(root)}
+    return count(data, trainer, [Preemption(**options), *more], str(path) if path else None).seen
+
+
+# -- one process -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [0, 3, 7])
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
+def test_it_saves_after_the_step_and_the_next_run_reads_what_is_left(name: str, step: int, tmp_path: Path) -> None:
+    whole = count(DATA, EPOCHS).seen
+    hooks = Hooks()
+    [path] = leave(tmp_path, name, step, hooks, data={**DATA, "validation": True})
+    assert path == tmp_path / f"preempted-{step + 1:08d}.ckpt"
+    assert hooks.seen == [], "the time is not the run's any more"
+    assert go_on(tmp_path, path) == whole[step + 1 :]
+    assert list(tmp_path.glob("*.ckpt")) == [], "a run that came to its end leaves nothing to go on from"
+
+
+def test_signals_are_compared_only_every_so_often(tmp_path: Path) -> None:
+    [path] = leave(tmp_path, "SIGUSR1", 2, every=5)
+    assert path.name == "preempted-00000005.ckpt"
+
+
+def test_a_second_leave_takes_the_place_of_the_first(tmp_path: Path) -> None:
+    [first] = leave(tmp_path, step=2)
+    with pytest.raises(Preempted):
+        go_on(tmp_path, first, Kick(0, 9, "SIGUSR1"))
+    assert [p.name for p in tmp_path.glob("*.ckpt")] == ["preempted-00000010.ckpt"]
+
+
+def test_a_run_that_would_start_anew_over_what_it_left_is_refused(tmp_path: Path) -> None:
+    leave(tmp_path)
+    with pytest.raises(UsageError, match="--ckpt_path last"):
+        go_on(tmp_path, None)
+
+
+def test_a_checkpoint_of_another_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    [path] = leave(shared, name="a b")
+    assert path.name == "preempted-a-b-00000004.ckpt"
+    with pytest.raises(UsageError, match=r"written by the run 'a b', and this is the run 'c'"):
+        go_on(shared, path, name="c")
+    # From a folder of its own another run may start where that one left, and nameless runs are taken at their word.
+    assert len(go_on(tmp_path / "own", path, name="c")) == 12
+    assert len(go_on(shared, path)) == 12
+    assert path.is_file(), "it is not this run's to remove"
+    assert len(go_on(shared, path, name="a b")) == 12
+
+
+def test_the_checkpoint_lies_where_last_is_looked_for(tmp_path: Path) -> None:
+    kept = ModelCheckpoint(str(tmp_path / "kept"), every_n_train_steps=2, save_top_k=-1)
+    files = leave(tmp_path, "SIGUSR1", 3, kept)
+    assert files[-1] == tmp_path / "kept" / "preempted-00000004.ckpt"
+    assert max(files, key=lambda p: p.stat().st_mtime_ns) == files[-1]
+
+
+def test_handlers_are_given_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGUSR1), signal.getsignal(signal.SIGTERM)
+    leave(tmp_path / "a")
+    assert (signal.getsignal(signal.SIGUSR1), signal.getsignal(signal.SIGTERM)) == before
+    count(DATA, {**EPOCHS, "default_root_dir": str(tmp_path / "b")}, [Preemption()])
+    assert (signal.getsignal(signal.SIGUSR1), signal.getsignal(signal.SIGTERM)) == before
+
+
+@pytest.mark.parametrize(
+    "options", [dict(signals=[]), dict(signals=["SIGNAL"]), dict(signals=["SIG_IGN"]), dict(every=0)]
+)
+def test_impossible_settings_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        Preemption(**options)
+
+
+class TellWorkers(pl.Callback):
+    """Send the signals of a cluster to all data workers."""
+
+    def __init__(self) -> None:
+        self.told: list[int] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == 2:
+            self.told = [p.pid for p in multiprocessing.active_children() if p.pid]
+            for pid in self.told:
+                os.kill(pid, signal.SIGUSR1)
+                os.kill(pid, signal.SIGTERM)
+
+
+def with_workers(root: str) -> tuple[int, int, int]:
+    tell = TellWorkers()
+    module = count({**DATA, "num_workers": 2}, {**EPOCHS, "default_root_dir": root}, [tell])
+    return len(tell.told), len(module.seen), len(multiprocessing.active_children())
+
+
+def test_data_workers_outlive_the_signals(tmp_path: Path) -> None:
+    assert run_ranks(with_workers, str(tmp_path), world=1) == [(2, 16, 0)]
+
+
+# -- SLURM's queue -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A command in place of SLURM's that writes down how it was called; the file it writes."""
+    log = tmp_path / "calls.txt"
+    command = tmp_path / "bin" / "scontrol"
+    command.parent.mkdir()
+    command.write_text(
+        f'#!{sys.executable}\nimport os, sys\nopen({str(log)!r}, "a").write(" ".join(sys.argv[1:]) + "\\n")\n'
+        'print("no such job", file=sys.stderr)\nsys.exit(int(os.environ.get("FAIL", 0)))\n'
+    )
+    command.chmod(0o755)
+    log.touch()
+    monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_JOB_NAME", "dog")
+    return log
+
+
+def test_a_job_told_in_time_goes_back_into_the_queue(scontrol: Path, tmp_path: Path) -> None:
+    [path] = leave(tmp_path / "run")
+    assert path.name == "preempted-dog-00000004.ckpt"
+    assert scontrol.read_text() == "requeue 17\n"
+
+
+def test_of_a_job_array_only_this_element(scontrol: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "16")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    leave(tmp_path / "run")
+    assert scontrol.read_text() == "requeue 16_3\n"
+
+
+def test_a_cancelled_job_stays_cancelled_and_others_may_choose(
+    scontrol: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave(tmp_path / "a", "SIGTERM")
+    leave(tmp_path / "b", requeue=False)
+    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
+    leave(tmp_path / "c")
+    assert scontrol.read_text() == ""
+
+
+def test_a_queue_that_refuses_is_said_and_the_checkpoint_is_there(
+    scontrol: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAIL", "1")
+    with pytest.raises(UsageError, match="requeue 17 failed: no such job"):
+        count(DATA, {**EPOCHS, "default_root_dir": str(tmp_path)}, [Preemption(), Kick(0, 3, "SIGUSR1")])
+    assert (tmp_path / "preempted-dog-00000004.ckpt").is_file()
+
+
+# -- shards ------------------------------------------------------------------------------------------------------------
+
+
+class KickInside(pl.Callback):
+    """Send a rank the signal inside the forward of one of its blocks: on one rank before, on the other after a gather."""
+
+    def __init__(self, places: dict[int, tuple[int, int]]) -> None:
+        self.places, self.done = places, False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        place = self.places.get(trainer.global_rank)
+        if place is None:
+            return
+        update, block = place
+
+        def kick(*_: Any) -> None:
+            if pl_module.updates == update and not self.done:
+                self.done = True
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+        pl_module.backbone.blocks()[block].attn1.register_forward_pre_hook(kick)
+
+
+def told(path: str, root: str, places: dict[int, tuple[int, int]]) -> int:
+    # Preemption stands before EMA in the list, and must still come after it.
+    with pytest.raises(Preempted) as left:
+        run(path, "folder", root, callbacks=(Preemption(), EMA(decay=0.9), KickInside(places)))
+    return left.value.code  # type: ignore[return-value]
+
+
+def resumed(path: str, root: str, ckpt_path: str) -> Left:
+    return run(path, "folder", root, ckpt_path=ckpt_path, callbacks=(Preemption(), EMA(decay=0.9)))
+
+
+@pytest.mark.parametrize(
+    ("places", "update"),
+    [({0: (2, 1), 1: (2, 0)}, 3), ({1: (1, 0)}, 2), ({0: (3, 0), 1: (1, 1)}, 2)],
+    ids=["one block apart", "one rank alone", "two updates apart"],
+)
+def test_ranks_told_at_different_moments_leave_together_and_go_on(
+    places: dict[int, tuple[int, int]], update: int, tiny_checkpoint: Tiny, tmp_path: Path
+) -> None:
+    path = str(tiny_checkpoint("wan"))
+    wanted = run(path, "one", str(tmp_path / "one"), callbacks=(EMA(decay=0.9),))
+    assert run_ranks(told, path, str(tmp_path / "two"), places, timeout=60) == [LEFT_EARLY] * 2
+    [folder] = (tmp_path / "two").iterdir()
+    assert folder.name == f"preempted-{update:08d}.ckpt"
+    for found in run_ranks(resumed, path, str(tmp_path / "two"), str(folder)):
+        assert found.losses == pytest.approx(wanted.losses[update:], abs=1e-5)
+        for kind in ("weights", "averages", "moments"):
+            for name, tensor in getattr(wanted, kind).items():
+                assert torch.allclose(getattr(found, kind)[name], tensor, atol=1e-5), name
+    assert list((tmp_path / "two").glob("*.ckpt")) == []
