@@ -189,7 +189,16 @@ def test_the_saved_config_holds_no_option_of_the_verb(command: Command, tiny_opt
 def start(options: list[str], cwd: Path) -> subprocess.Popen[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "muybridge", "fit", *options]
-    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that runs the tests in the background has them ignore Ctrl-C, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def test_ctrl_c_ends_in_one_line(tiny_options: Options, tmp_path: Path):
@@ -223,11 +232,9 @@ def test_an_error_on_several_ranks_is_said_once(tiny_options: Options, tmp_path:
     process = start(options, tmp_path)
     out, err = process.communicate(timeout=240)
     assert "Traceback" not in err + out, err
-    said = [line for line in err.splitlines() if "too short" in line]
-    plain = [line for line in said if line.startswith("error: ")]
-    marked = [line for line in said if line.startswith("[rank 1] error: ")]
-    assert len(plain) <= 1
-    assert len(marked) <= 1
-    assert plain or marked
-    assert set(said) == {*plain, *marked}
+    # Whichever rank is first may end the other before it has spoken.
+    plain = [line for line in err.splitlines() if line.startswith("error: ")]
+    marked = [line for line in err.splitlines() if line.startswith("[rank 1] error: ")]
+    assert (len(plain), len(marked)) in ((1, 0), (0, 1), (1, 1)), err
+    assert all("too short" in line for line in plain + marked)
     assert process.returncode != 0
