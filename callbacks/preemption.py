@@ -167,10 +167,19 @@ class Preemption(pl.Callback):
         path = self._folder(trainer) / f"{self._stem()}{trainer.global_step:08d}.ckpt"
         trainer.save_checkpoint(path)
         rank_zero_info(f"told to leave: saved {path}; --ckpt_path last goes on from it")
+        refused = ""
         if trainer.is_global_zero:
             self._remove(p for p in before if p != path)
             if urgency == 2 and self.requeue:
-                back_into_the_queue()
+                refused = back_into_the_queue()
+        # srun --kill-on-bad-exit ends all ranks when the first has left, so none may leave before the queue was asked.
+        trainer.strategy.barrier("preemption")
+        if refused:
+            raise UsageError(
+                refused,
+                "a job that may be requeued",
+                "submit with #SBATCH --requeue; the checkpoint is saved, and submitting again goes on from it",
+            )
         raise Preempted
 
     # -- files -----------------------------------------------------------------------------------------------------
@@ -228,17 +237,15 @@ def interactive() -> bool:
     return os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
 
 
-def back_into_the_queue() -> None:
-    """Ask SLURM to run this job again; of a job array, this element alone. Outside SLURM there is nothing to ask."""
+def back_into_the_queue() -> str:
+    """Ask SLURM to run this job again, of a job array this element alone; what it says if it refuses.
+
+    Outside SLURM there is nothing to ask.
+    """
     job = os.environ.get("SLURM_JOB_ID")
     if not job or interactive():
-        return
+        return ""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     name = f"{array}_{task}" if array and task else job
     done = subprocess.run(["scontrol", "requeue", name], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UsageError(
-            f"scontrol requeue {name} failed: {done.stderr.strip()}",
-            "a job that may be requeued",
-            "submit with #SBATCH --requeue; the checkpoint is saved, and submitting again goes on from it",
-        )
+    return f"scontrol requeue {name} failed: {done.stderr.strip()}" if done.returncode else ""

@@ -173,8 +173,8 @@ class CLI(LightningCLI):
         except MisconfigurationException as error:
             raise UsageError(str(error)) from error
         except SystemExit as leaving:
-            # Lightning turns Ctrl-C into exit code 1, after saying so itself.
-            if self.trainer.interrupted:
+            # Lightning turns Ctrl-C into exit code 1, after saying so itself. callbacks.Preemption leaves with its own.
+            if self.trainer.interrupted and leaving.code == 1:
                 raise SystemExit(INTERRUPTED) from leaving
             raise
 
