@@ -25,8 +25,8 @@ Size = tuple[int, int]
 """Height and width."""
 Decoder = Literal["auto", "decord", "av"]
 
-ROW = 64
-"""Width in pixels at which decord's rows need no padding, see :class:`DecordReader`."""
+GRID, NARROW = 64, 192
+"""Pixels that decord pads rows to, and below which it may miscalculate the shape of what it returns."""
 
 
 class VideoReader(Protocol):
@@ -70,11 +70,6 @@ class Index:
     turns: int
     rate: float
     reason: str
-
-    @property
-    def plain(self) -> bool:
-        """Whether frames are shown as they are stored."""
-        return self.turns == 0 and self.size == self.stored
 
 
 def check_file(path: Path) -> os.stat_result:
@@ -227,8 +222,9 @@ class _Reader:
 class DecordReader(_Reader):
     """decord, for the files it is exact on.
 
-    Its frames come upright and scaled by the decoder. (Of files with a rotation or oblong pixels it pads the rows of what it
-    returns but not their count, so these are asked for in a width that needs no padding and narrowed afterwards.)
+    Its frames come upright and scaled by the decoder. (It pads rows to 64 pixels, and where a padded row is a multiple of the
+    row itself takes it for one of four or more channels. Only narrow rows can be so: these are asked for in a width that needs
+    no padding, and narrowed afterwards.)
 
     Args:
         path: The file.
@@ -244,7 +240,7 @@ class DecordReader(_Reader):
         self._check(indices)
         decord = _decord()
         height, width = size or self.size
-        wide = width if self.index.plain else -(-width // ROW) * ROW
+        wide = -(-width // GRID) * GRID if width < NARROW else width
         try:
             video = decord.VideoReader(str(self.path), num_threads=1, width=wide, height=height)
             if len(video) != len(self):

@@ -115,13 +115,13 @@ def check_span(times: np.ndarray, frames: int, windows: Windows, span: Optional[
         raise BadVideo(f"too short: frames {first} to {stop} are asked for and it has {len(times)}")
     last = last_start(times, frames, windows, (first, stop))
     if last < first:
-        there, rate = stop - first, 1 / interval(times) if len(times) > 1 else 0.0
+        there = "1 frame" if stop - first == 1 else f"{stop - first} frames at {1 / interval(times):.4g} per second"
         needed = f"{frames} frames"
         if windows.fps is not None:
             needed += f" at {windows.fps:g} per second ({(frames - 1) / windows.fps:.2f} s)"
         elif windows.stride > 1:
             needed += f", every {windows.stride}th"
-        raise BadVideo(f"too short: {there} frames at {rate:.4g} per second, and a clip takes {needed}")
+        raise BadVideo(f"too short: {there}, and a clip takes {needed}")
     return first, last
 
 

@@ -105,11 +105,11 @@ def test_both_decoders_give_the_same_picture_in_the_same_place(name: str, files:
     path = files(name)
     one, other = DecordReader(path), AvReader(path)
     assert one.size == other.size == ((51, 67) if name == "odd.mp4" else (48, 64))
-    for size in (None, one.size, (24, 33), (31, 50), (96, 130)):
+    for size in (None, one.size, (24, 32), (24, 33), (31, 50), (40, 16), (96, 130), (108, 144)):
         a, b = one.frames([3, 30], size), other.frames([3, 30], size)
         assert a.shape == b.shape == (2, *(size or one.size), 3)
         # Scalers differ by a few levels at edges; a row or column out of place would differ by hundreds.
-        assert np.abs(a.astype(int) - b).mean() < 4.0, size
+        assert np.abs(a.astype(int) - b).mean() < 6.0, size
 
 
 def test_pixels_that_are_not_square_are_shown_square(tmp_path: Path) -> None:

@@ -210,10 +210,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], Optional[str]]] = {
 QUIET = {"x265-params": "log-level=none"}
 
 
-def make_bad(name: str, folder: Path) -> Path:
+def make_bad(name: str, folder: Path, stem: Optional[str] = None) -> Path:
     """One of ``BAD``, with a caption beside it."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name.replace(' ', '-').replace(',', '')}.mp4"
+    path = folder / f"{stem or name.replace(' ', '-').replace(',', '')}.mp4"
     path.with_suffix(".txt").write_text(f"{name}", encoding="utf-8")
     BAD[name][0](path)
     return path
