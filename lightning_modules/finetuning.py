@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_modules.base import DiffusionModule, Sampling, freeze
 from lightning_modules.optimization import LearningRate
-from muybridge.backbones.adapters import LoRA, check_lora, inject
+from muybridge.backbones.adapters import LoRA, check_lora, inject, resolve_range
 from muybridge.backbones.base import Backbone
 from muybridge.batch import Batch
 from muybridge.diffusion.conditioning import Conditioning
@@ -98,7 +98,8 @@ class Finetuning(DiffusionModule):
         return self.backbone
 
     def check(self) -> None:
-        networks = self.backbone.networks_between(*self.timesteps.bounds(self.backbone.schedule))
+        low, high = self.timesteps.bounds(self.backbone.schedule)
+        networks = self.backbone.networks_between(low, high)
         if len(networks) > 1 and self._trainer is not None and self.trainer.world_size > 1:
             raise UsageError(
                 f"{self.backbone.family} has {len(networks)} experts, and the time range of this job trains all of them at once",
@@ -107,6 +108,13 @@ class Finetuning(DiffusionModule):
             )
         if self.adapter is not None:
             check_lora(self.backbone, self.adapter)
+            first, last = resolve_range(self.backbone, self.adapter.t_min, self.adapter.t_max)
+            if low < first or high > last:
+                raise UsageError(
+                    f"times are drawn from {low:g} to {high:g}, and the adapter acts from {first:g} to {last:g}",
+                    "times inside the adapter's range: outside it nothing is trained",
+                    f"set timesteps.low to {{value: {first:g}}} and timesteps.high to {{value: {last:g}}}",
+                )
         if self.trainable is not None:
             check_trainable(self.backbone, self.trainable)
 

@@ -17,7 +17,7 @@ from typing import Any, Optional
 
 import torch
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
@@ -34,6 +34,7 @@ class FullyShard(ModelParallelStrategy):
     """FSDP2: every rank holds a part of each weight, gradient and optimizer state, and reads its own samples.
 
     Works on GPUs (NCCL) and on CPUs (gloo) alike. Needs nothing of the job: ``DiffusionModule`` shards its backbones.
+    ``trainer.strategy: fully_shard`` is this with its defaults.
 
     Args:
         replicate: Number of groups of ranks that each hold a whole copy (HSDP): with as many groups as nodes, weights are
@@ -265,6 +266,11 @@ class FullyShard(ModelParallelStrategy):
         from lightning_modules.base import check_weights
 
         check_weights(given, wanted, type(self.lightning_module).__name__)
+
+
+StrategyRegistry.register(
+    "fully_shard", FullyShard, description="FSDP2: lightning_modules.parallel.FullyShard", override=True
+)
 
 
 def rename_parameters(state: Mapping[str, Any], ordered: list[Any]) -> dict[str, Any]:

@@ -8,9 +8,8 @@ import shutil
 from pathlib import Path
 
 from muybridge.backbones.base import Backbone
+from muybridge.backbones.comfy import FAMILIES
 from muybridge.errors import UsageError
-
-COMFY_FAMILIES = ("Wan", "HunyuanVideo", "LTX")
 
 
 def fresh_directory(out: str) -> tuple[Path, Path]:
@@ -66,7 +65,7 @@ def export_adapter(backbone: Backbone, out: str) -> list[Path]:
     final, partial = fresh_directory(out)
     partial.mkdir()
     save_adapter(backbone, str(partial / "adapter.safetensors"), format="diffusers")
-    if backbone.family in COMFY_FAMILIES:
+    if backbone.family in FAMILIES:
         save_adapter(backbone, str(partial / "adapter_comfyui.safetensors"), format="comfyui")
     if final.exists():
         final.rmdir()

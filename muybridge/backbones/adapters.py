@@ -4,7 +4,7 @@
 """
 
 from muybridge.backbones.adapter_files import Format, load_adapter, save_adapter
-from muybridge.backbones.gates import Gate, disabled, gate_by_time
+from muybridge.backbones.gates import Gate, disabled, gate_by_time, resolve_range
 from muybridge.backbones.lora import (
     Adapter,
     LoRA,
@@ -30,5 +30,6 @@ __all__ = [
     "load_adapter",
     "merge_adapter",
     "remove_adapter",
+    "resolve_range",
     "save_adapter",
 ]

@@ -164,6 +164,27 @@ def test_a_checkpoint_of_other_settings_is_refused(tiny_checkpoint: Tiny, tmp_pa
         trainer(tmp_path, max_steps=2).fit(full, latents_for(full), ckpt_path=tmp_path / "adapter.ckpt")
 
 
+def test_an_adapter_with_a_range_is_trained_inside_it_and_measured_everywhere(
+    tiny_checkpoint: Tiny, tmp_path: Path
+) -> None:
+    def job(trained: bool) -> dict[str, float]:
+        module = finetuning(
+            tiny_checkpoint("wan"),
+            adapter=LoRA(t_min=Boundary(700.0)),
+            timesteps=Uniform(low=Boundary(700.0)),
+            validation_quantiles=[0.5, 0.9],
+        )
+        data, run = latents_for(module), trainer(tmp_path, max_steps=5)
+        if trained:
+            run.fit(module, data)
+        return run.validate(module, data, verbose=False)[0]
+
+    base, after = job(trained=False), job(trained=True)
+    # Below the range the trained model is the base model, bit for bit.
+    assert after["val/loss_t500"] == base["val/loss_t500"]
+    assert after["val/loss_t900"] != base["val/loss_t900"]
+
+
 def test_an_experts_range_trains_that_expert_alone(tiny_checkpoint: Tiny) -> None:
     job = finetuning(tiny_checkpoint("wan22"), "wan22", timesteps=Uniform(low=Boundary(875.0)))
     job.configure_model()
@@ -266,6 +287,7 @@ def test_settings_that_cannot_work_are_refused_at_once(tiny_checkpoint: Tiny, se
         ({"trainable": "nothing"}, "matches no parameter"),
         ({"timesteps": Uniform(low=Boundary(900.0), high=Boundary(0.5, "sigma"))}, "range is empty"),
         ({"adapter": LoRA(targets="blocks.*to_w")}, "hits no linear layer"),
+        ({"adapter": LoRA(t_min=Boundary(700.0))}, "times inside the adapter's range"),
     ],
 )
 def test_what_the_model_cannot_do_is_refused_before_training(tiny_checkpoint: Tiny, settings: dict, says: str) -> None:
