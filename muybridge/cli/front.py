@@ -33,6 +33,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             raise
         report(error)
         return USAGE
+    except SystemExit as leaving:  # --help and --print_config of the parsers end so
+        return leaving.code if isinstance(leaving.code, int) else 1 if leaving.code else 0
     except KeyboardInterrupt:
         if debug:
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import os
 import re
 import sys
@@ -179,19 +180,22 @@ class CLI(LightningCLI):
             raise
 
 
+def _is_about_the_run(record: logging.LogRecord) -> bool:
+    """Not Lightning's advice to install one of its other products, which it would give in every run."""
+    return "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
+
+
 def run_job(verb: str, arguments: list[str]) -> int:
     """Parse and run."""
     # Lightning 2.6 asks torch 2.13's pytrees in a way that these call deprecated; nothing a user could change.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", module="lightning.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_about_the_run)
     arguments, files = resolve_configs(verb, arguments)
     places.append_to_path([*(f.parent for f in files), Path.cwd()])
     configs = [Config(f) for f in files]
     import_known()
     import_named(configs, arguments)
-    try:
-        CLI(verb, arguments, configs)
-    except SystemExit as leaving:
-        return leaving.code if isinstance(leaving.code, int) else 1 if leaving.code else 0
+    CLI(verb, arguments, configs)
     return 0
 
 

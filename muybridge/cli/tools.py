@@ -34,6 +34,6 @@ def tool_parser(verb: str) -> ShortErrors:
 def run_tool(verb: str, arguments: list[str]) -> int:
     """Parse and call."""
     parser = tool_parser(verb)
-    parsed = parser.instantiate_classes(parser.parse_args(arguments))
+    parsed = parser.instantiate(parser.parse_args(arguments))
     verb_function(verb)(**parsed.as_dict())
     return 0

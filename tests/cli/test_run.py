@@ -186,6 +186,15 @@ def test_the_saved_config_holds_no_option_of_the_verb(command: Command, tiny_opt
     assert set(yaml.safe_load(config.read_text())) == {"seed_everything", "trainer", "model", "data"}
 
 
+def test_the_demo_runs_from_nothing(command: Command, tmp_path: Path):
+    result = command("demo", "--out=demo", "--updates=2")
+    assert result.code == 0
+    assert len(list((tmp_path / "demo").rglob("predictions/*.mp4"))) == 8
+    (exported,) = (tmp_path / "demo").glob("exported-*")
+    assert load(str(exported)).family == "Wan"
+    assert [p.name for p in tmp_path.iterdir()] == ["demo"], "nothing outside of its folder"
+
+
 def start(options: list[str], cwd: Path) -> subprocess.Popen[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "muybridge", "fit", *options]

@@ -42,6 +42,7 @@ def demo(out: str = "runs/demo", updates: int = 40) -> None:
         "tiny/wan.yaml",
         f"--model.backbone.path={model}",
         f"--data.videos={clips}",
+        f"--data.validation={clips}",
         f"--trainer.default_root_dir={root / 'run'}",
         f"--trainer.max_steps={updates}",
     ]
