@@ -161,10 +161,12 @@ class BadVideoWatch(pl.Callback):
         where = f"epoch {trainer.current_epoch}" if stage == "train" else stage
         if total.skipped:
             rank_zero_info(f"{where}: {total.summary()}; listed in {self._file}")
-        new = {name: remark for name, remark in total.remarks.items() if name not in self._said}
+        # Once a file, and not once a window of it.
+        remarks = {name.rpartition("@")[0] or name: remark for name, remark in total.remarks.items()}
+        new = {name: remark for name, remark in remarks.items() if name not in self._said}
         for said in dict.fromkeys(new.values()):
             names = [name for name, remark in new.items() if remark == said]
-            rank_zero_info(f"{where}: {len(names)} clips {said}, such as {', '.join(names[:3])}")
+            rank_zero_info(f"{where}: {len(names)} videos {said}, such as {', '.join(names[:3])}")
         self._said.update(new)
         if total.too_many(self.max_bad_fraction, least):
             raise refuse(total, self.max_bad_fraction, str(self._file))

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from datamodules.bad_videos import BadVideoWatch, OnError, refuse_one
 from datamodules.clips import CachedClips, ClipData, ClipDataset, ClipSampler, Place
 from muybridge.batch import Batch
-from muybridge.data.account import Account, BadVideo, refuse
+from muybridge.data.account import FILE, Account, BadVideo, merge, refuse
 from muybridge.data.buckets import Bucket
 from muybridge.data.cache import Cache
 from muybridge.data.clips import Clip
@@ -209,8 +209,16 @@ class VideoData(ClipData):
             name, reason = next(iter(bad.items()))
             raise refuse_one(name, str(next(c.path for c in clips if c.id == name)), reason)
         if account.too_many(self.max_bad_fraction):
-            raise refuse(account, self.max_bad_fraction, "this message" if len(bad) <= 3 else "the source")
+            raise refuse(account, self.max_bad_fraction, self._list(clips, bad))
         return [p[0] for p in parts], [p[1] for p in parts], [p[2] for p in parts]
+
+    def _list(self, clips: Sequence[Clip], bad: Mapping[str, str]) -> str:
+        """Write bad clips down where a run would; returns where that is."""
+        trainer = self.trainer
+        file = Path(trainer.log_dir or trainer.default_root_dir if trainer is not None else ".") / FILE
+        if trainer is None or trainer.is_global_zero:
+            merge(file, bad, {clip.id: str(clip.path) for clip in clips})
+        return str(file)
 
     def _cached(self, path: Path) -> dict[str, ClipDataset]:
         """The same clips in the same places, from a cache."""

@@ -52,12 +52,15 @@ def place(source: Size, size: Size, framing: Framing = "crop", region: Optional[
     rows, columns = bottom - top, right - left
     scale = (max if framing == "crop" else min)(height / rows, width / columns)
 
-    def pixels(side: int, limit: int) -> int:
+    def pixels(side: int, limit: int, step: int = 1) -> int:
         rounded = round(side * scale)
+        if rounded != limit:
+            rounded = step * round(side * scale / step)
         return max(rounded, limit) if framing == "crop" else max(min(rounded, limit), 1)
 
-    # The part is rounded to whole pixels first, then the picture around it, so that crop always covers the clip.
-    inner = (pixels(rows, height), pixels(columns, width))
+    # The part is rounded to whole pixels first, then the picture around it, so that crop always covers the clip. Decoders take a
+    # quarter longer to scale to an odd width.
+    inner = (pixels(rows, height), pixels(columns, width, 2))
     scaled = (max(round(source[0] * inner[0] / rows), inner[0]), max(round(source[1] * inner[1] / columns), inner[1]))
     y = min(round(top * inner[0] / rows), scaled[0] - inner[0])
     x = min(round(left * inner[1] / columns), scaled[1] - inner[1])

@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 from support.clips import folder_of, make_bad, numbered, numbers_of, write
+from support.jobs import finetuning, trainer
+from support.ranks import run_ranks
 
 from datamodules import VideoData
 from datamodules.clips import ClipSampler
+from muybridge.data.account import read
 from muybridge.data.buckets import Bucket, BucketBatches, assign, kept, rows, show
 from muybridge.errors import UsageError
 
@@ -163,7 +169,10 @@ def mixed(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_datamodule_yields_batches_of_one_shape_and_leaves_out_what_fits_nowhere(mixed: Path) -> None:
+def test_a_datamodule_yields_batches_of_one_shape_and_leaves_out_what_fits_nowhere(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     buckets = [Bucket(9, 48, 64), Bucket(9, 64, 48), Bucket(25, 48, 64)]
     data = VideoData(
         str(mixed), str(mixed), buckets=buckets, batch_size=2, num_workers=0, max_bad_fraction=0.3, caption=None
@@ -189,6 +198,7 @@ def test_a_datamodule_yields_batches_of_one_shape_and_leaves_out_what_fits_nowhe
     assert shapes == [(9, 48, 64)] * 2 + [(9, 64, 48), (25, 48, 64)]
     with pytest.raises(UsageError, match=r"2 of 8 clips skipped \(25.0%\): 1 no video, 1 too short"):
         VideoData(str(mixed), buckets=buckets, max_bad_fraction=0.2).setup("fit")
+    assert sorted(e["id"] for e in read(tmp_path / "bad_videos.jsonl")) == ["audio-only", "one-frame"]
     with pytest.raises(UsageError, match="on_error is raise"):
         VideoData(str(mixed), buckets=buckets, on_error="raise").setup("fit")
 
@@ -205,3 +215,79 @@ def test_all_windows_of_long_videos_are_clips_of_their_own(mixed: Path) -> None:
     assert numbers_of(batches["other-2@9-18"].pixels[0]) == list(range(209, 218))
     assert batches["audio-only"].present.tolist() == [False]
     assert batches["audio-only"].remarks == ["no video: audio only"]
+
+
+class Seen(pl.Callback):
+    """Which clips a rank trained on, in what shape; and a checkpoint after every step, as a preempted run leaves."""
+
+    def __init__(self, save: str = "") -> None:
+        self.steps: list[tuple[list[str], tuple[int, ...]]] = []
+        self.save = save
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.save:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / self.save)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.steps.append((list(batch.ids), tuple(batch.pixels.shape[2:])))
+
+
+def _shapes(folder: Path) -> Path:
+    """Nine clips of two shapes and two lengths, and one that no bucket takes."""
+    for i, (height, width, frames) in enumerate([(16, 32, 12)] * 4 + [(32, 16, 12)] * 3 + [(16, 32, 20)] * 2):
+        folder.mkdir(exist_ok=True)
+        write(folder / f"clip-{i}.mp4", numbered(frames, 100 * i, height, width))
+        (folder / f"clip-{i}.txt").write_text("a clip", encoding="utf-8")
+    make_bad("one frame", folder)
+    return folder
+
+
+def _fit(checkpoint: Path, folder: Path, root: Path, workers: int, **run: Any) -> Any:
+    seen, batch_size = Seen(run.pop("save", "")), run.pop("batch_size", 2)
+    ckpt = run.pop("ckpt_path", None)
+    ranks = dict(devices=2, strategy="ddp") if run.pop("ranks", 1) == 2 else {}
+    fit = trainer(root, callbacks=[seen], **{"max_epochs": 1, **run, **ranks})
+    data = VideoData(
+        str(folder),
+        buckets=[Bucket(9, 16, 32), Bucket(9, 32, 16), Bucket(17, 16, 32)],
+        window="random",
+        batch_size=1 if ranks else batch_size,
+        num_workers=workers,
+        max_bad_fraction=0.5,
+    )
+    fit.fit(finetuning(checkpoint), data, ckpt_path=ckpt)
+    return seen.steps if ranks else (seen.steps, fit)
+
+
+def _ranks_of_buckets(checkpoint: Path, folder: Path, root: Path) -> Any:
+    return _fit(checkpoint, folder, root, 0, ranks=2)
+
+
+def test_two_ranks_share_the_looking_and_every_step_has_one_shape(
+    tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    folder = _shapes(tmp_path / "clips")
+    one, other = run_ranks(_ranks_of_buckets, tiny_checkpoint("wan"), folder, tmp_path)
+    assert [shape for _, shape in one] == [shape for _, shape in other]
+    assert len({shape for _, shape in one}) == 3
+    alone, _ = _fit(tiny_checkpoint("wan"), folder, tmp_path, 0)
+    assert [(a[0] + b[0], a[1]) for a, b in zip(one, other, strict=True)] == alone
+    names = Counter(name.partition("@")[0] for ids, _ in alone for name in ids)
+    assert set(names) == {f"clip-{i}" for i in range(9)}
+    # Three of a bucket do not fill pairs.
+    assert sorted(names.values()) == [1] * 8 + [2]
+    assert [e["id"] for e in read(tmp_path / "bad_videos.jsonl")] == ["one-frame"]
+
+
+def test_an_interrupted_epoch_of_buckets_goes_on_with_the_same_windows_of_the_clips_that_are_left(
+    tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    folder = _shapes(tmp_path / "clips")
+    whole, _ = _fit(tiny_checkpoint("wan"), folder, tmp_path / "a", 0, max_epochs=2)
+    assert len(whole) == 10
+    begun, _ = _fit(tiny_checkpoint("wan"), folder, tmp_path / "b", 1, max_steps=7, max_epochs=2, save="stopped.ckpt")
+    stopped = str(tmp_path / "b" / "stopped.ckpt")
+    rest, _ = _fit(tiny_checkpoint("wan"), folder, tmp_path / "b", 0, max_epochs=2, ckpt_path=stopped)
+    assert begun + rest == whole
+    with pytest.raises(UsageError, match="global batches of 2 clips"):
+        _fit(tiny_checkpoint("wan"), folder, tmp_path / "b", 0, batch_size=3, max_epochs=2, ckpt_path=stopped)

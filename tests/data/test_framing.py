@@ -70,7 +70,7 @@ def test_a_part_of_the_picture_is_all_that_is_seen() -> None:
 
 
 def test_the_decoder_shrinks_and_never_enlarges() -> None:
-    assert decode_size((1080, 1920), place((1080, 1920), (480, 832))) == (480, 853)
+    assert decode_size((1080, 1920), place((1080, 1920), (480, 832))) == (480, 854)
     assert decode_size((240, 320), place((240, 320), (480, 832))) == (240, 320)
     assert decode_size((1080, 1920), place((1080, 1920), (480, 832), "letterbox")) == (468, 832)
 
