@@ -15,6 +15,7 @@ from typing import Any, Optional, TypeVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import muybridge
@@ -143,6 +144,10 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The Trainer; what it refuses is the user's to mend."""
+        name = self._get(self.config_init, "trainer").get("strategy")
+        if isinstance(name, str) and name in strategies():
+            # The Trainer takes text for one of its own names before it is taken for a class.
+            kwargs["strategy"] = strategies()[name]()
         try:
             return super().instantiate_trainer(**{**kwargs, **self.trainer_settings})
         except (MisconfigurationException, ValueError, TypeError) as error:
@@ -185,6 +190,17 @@ def _is_about_the_run(record: logging.LogRecord) -> bool:
     return "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
 
 
+def strategies() -> dict[str, type[Strategy]]:
+    """Strategies that are not Lightning's, by name: ours, and the user's where they are imported."""
+    found, waiting = {}, list(Strategy.__subclasses__())
+    while waiting:
+        cls = waiting.pop()
+        waiting.extend(cls.__subclasses__())
+        if not cls.__module__.startswith("lightning."):
+            found[cls.__name__] = cls
+    return found
+
+
 def run_job(verb: str, arguments: list[str]) -> int:
     """Parse and run."""
     # Lightning 2.6 asks torch 2.13's pytrees in a way that these call deprecated; nothing a user could change.
@@ -202,9 +218,10 @@ def run_job(verb: str, arguments: list[str]) -> int:
 def resolve_configs(verb: str, arguments: list[str]) -> tuple[list[str], list[Path]]:
     """The arguments with every ``-c`` pointing at a file, and these files."""
     result, files = [], []
-    named = os.environ.get(f"MUYBRIDGE_{verb.upper()}__CONFIG")
-    if named:
-        files.append(places.find_config(named))
+    variable = f"MUYBRIDGE_{verb.upper()}__CONFIG"
+    if os.environ.get(variable):
+        files.append(places.find_config(os.environ[variable]).resolve())
+        os.environ[variable] = str(files[0])
     waiting = iter(arguments)
     for argument in waiting:
         match = re.fullmatch(r"(?:(?:-c|--config)|-c=?(.+)|--config=(.+))", argument, re.DOTALL)

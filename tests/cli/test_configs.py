@@ -113,6 +113,14 @@ def test_the_environment_sets_what_files_and_options_leave_open(
     assert tiny_wan("--trainer.min_steps=3")["trainer"]["min_steps"] == 3
 
 
+def test_the_environment_names_a_config(command: Command, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MUYBRIDGE_FIT__CONFIG", "tiny/wan.yaml")
+    result = command("fit", "--trainer.min_steps=3", "--print_config")
+    assert result.code == 0, result.err
+    trainer = yaml.safe_load(result.out)["trainer"]
+    assert (trainer["min_steps"], trainer["max_steps"]) == (3, 20)
+
+
 def test_the_seed_is_set_where_nothing_says_so(tiny_wan: Callable[..., dict]):
     assert tiny_wan()["seed_everything"] == 0
 

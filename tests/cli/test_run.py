@@ -156,6 +156,18 @@ def test_export_needs_no_clips_and_writes_averages(command: Command, tiny_option
     assert same(averages, dict(load("averaged").named_parameters()))
 
 
+def test_an_adapter_is_exported_as_its_own_files(command: Command, tiny_options: Options, tmp_path: Path):
+    options = [*tiny_options("wan"), *SHORT, "--trainer.max_steps=1", "--model.adapter.rank=2"]
+    assert command("fit", *options).code == 0
+    result = command("export", *options, "--ckpt_path=last", "--out=adapter")
+    assert result.code == 0
+    assert "adapter.safetensors" in {p.name for p in (tmp_path / "adapter").iterdir()}
+    assert all(Path(line).exists() for line in result.out.splitlines() if line.startswith("adapter"))
+    wrong = command("export", *options, "--model.adapter=null", "--ckpt_path=last", "--out=full")
+    assert wrong.code == 2
+    assert "do not fit" in wrong.message
+
+
 def test_an_export_refuses_to_overwrite(command: Command, tiny_options: Options, tmp_path: Path, loads: list[Backbone]):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("")
@@ -227,6 +239,31 @@ def test_ctrl_c_ends_in_one_line(tiny_options: Options, tmp_path: Path):
     assert "Traceback" not in err + out
     after = (err + out)[(err + out).index("Detected KeyboardInterrupt") :]
     assert len(after.strip().splitlines()) == 1, after
+
+
+def test_a_sharded_checkpoint_becomes_a_file_and_an_export(command: Command, tiny_options: Options, tmp_path: Path):
+    """Two real processes train; one reads what they left."""
+    options = [*tiny_options("wan"), *SHORT, "--trainer.max_steps=2"]
+    process = start([*options, "--trainer.devices=2", "--trainer.strategy=FullyShard"], tmp_path)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    (folder,) = (tmp_path / "run").rglob("last.ckpt")
+    assert folder.is_dir()
+
+    assert command("consolidate", str(folder), "--out", "one.ckpt").code == 0
+    assert command("export", *options, "--ckpt_path=last", "--out=from_folder").code == 0
+    assert command("export", *options, "--ckpt_path=one.ckpt", "--out=from_file").code == 0
+    trained = {n.removeprefix("backbone."): w for n, w in weights(tmp_path / "one.ckpt").items()}
+    assert same(trained, dict(load("from_folder").named_parameters()))
+    assert same(trained, dict(load("from_file").named_parameters()))
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == [], "nothing left behind"
+
+    again = command("consolidate", str(folder), "--out", "one.ckpt")
+    assert again.code == 2
+    assert "one.ckpt exists" in again.message
+    assert "muybridge consolidate" in command("validate", *options, "--ckpt_path=last").message
+    assert command("validate", *options, "--ckpt_path=one.ckpt").code == 0
+    assert "no sharded checkpoint" in command("consolidate", str(tmp_path), "--out", "two.ckpt").message
 
 
 def test_an_error_on_several_ranks_is_said_once(tiny_options: Options, tmp_path: Path):
