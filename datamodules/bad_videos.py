@@ -166,7 +166,7 @@ class BadVideoWatch(pl.Callback):
         new = {name: remark for name, remark in remarks.items() if name not in self._said}
         for said in dict.fromkeys(new.values()):
             names = [name for name, remark in new.items() if remark == said]
-            rank_zero_info(f"{where}: {len(names)} videos {said}, such as {', '.join(names[:3])}")
+            rank_zero_info(f"{where}: {said} (videos: {len(names)}, such as {', '.join(names[:3])})")
         self._said.update(new)
         if total.too_many(self.max_bad_fraction, least):
             raise refuse(total, self.max_bad_fraction, str(self._file))

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import logging
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from support.clips import folder_of, numbered, numbers, write
 
+from datamodules import VideoData
 from muybridge.cli import main
 from muybridge.data.buckets import Bucket
 from muybridge.data.clips import Clip
 from muybridge.data.reading import Reading, read_clip
-from muybridge.data.sources import SUFFIXES, list_clips, recognise
+from muybridge.data.sources import SUFFIXES, Kind, list_clips, recognise
 from muybridge.errors import UsageError
 
 ROWS = [
@@ -307,3 +312,46 @@ def test_two_clips_of_one_id_are_an_error(folder: Path) -> None:
 def test_a_clip_knows_the_name_of_its_video() -> None:
     assert Clip("a/b@3-9", Path("b.mp4"), span=(3, 9)).name == "a/b"
     assert Clip("a/b@3-9", Path("b@3-9.mp4")).name == "a/b@3-9"
+
+
+# -- the page ------------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+
+
+BLOCKS = dict(re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.S | re.M))
+"""The fenced blocks by language; one of each."""
+
+
+def test_the_page_s_manifests_are_read(tmp_path: Path) -> None:
+    (tmp_path / "walks").mkdir()
+    for name in ("walks/dog", "walks/long", "dog-Scene-0001"):
+        (tmp_path / f"{name}.mp4").touch()
+    found = {}
+    for language, name in (("csv", "a.csv"), ("jsonl", "a.jsonl"), ("opensora", "a.json"), ("vidgen", "b.json")):
+        (tmp_path / name).write_text(BLOCKS[language], encoding="utf-8")
+        found[language] = list_clips(tmp_path / name)
+    assert [c.id for c in found["csv"]] == ["walks/dog", "walks/long@120-360"]
+    assert found["csv"][1].extra == {"camera": "pan"}
+    assert [c.caption for c in found["jsonl"]] == ["a dog runs, then stops"]
+    assert (found["opensora"][0].id, found["opensora"][0].crop) == ("walks/dog@0-80", (0, 1280, 60, 660))
+    assert [c.id for c in found["vidgen"]] == ["dog-Scene-0001"]
+
+
+def test_the_page_s_config_and_commands_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    options = yaml.safe_load(BLOCKS["yaml"])["data"]["init_args"]
+    data = VideoData(**{**options, "buckets": [Bucket(**b) for b in options["buckets"]]})
+    assert data.clip_sizes[2] == (49, 480, 832)
+    known = set(inspect.signature(VideoData).parameters)
+    named = {n for row in re.findall(r"^\| (`.*?) \|", PAGE, re.M) for n in re.findall(r"`(\w+)`", row)}
+    assert named - set(get_args(Kind)) - {"source"} <= known
+    monkeypatch.chdir(tmp_path)
+    for line in BLOCKS[""].splitlines():
+        program, *arguments = shlex.split(line)
+        assert program == "muybridge"
+        if arguments[0] == "fit":
+            arguments += ["--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--data.num_workers=0"]
+            arguments += ["--trainer.enable_progress_bar=false", "--trainer.callbacks=[]"]
+        assert main(arguments) == 0, line
