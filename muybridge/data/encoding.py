@@ -127,7 +127,7 @@ def encode_clips(
     read: Reader,
     watch: Watch,
     dtype: torch.dtype = torch.float32,
-    on_bad: Optional[Callable[[Clip, str, int, int], None]] = None,
+    on_bad: Optional[Callable[[Clip, str], None]] = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Tally:
     """Encode the clips of this rank that a cache lacks.
@@ -140,7 +140,7 @@ def encode_clips(
         read: Gives the batches at some places of the source, in order.
         watch: Makes a counter from a label and a number.
         dtype: What the latents are kept in.
-        on_bad: Called with a clip that could not be read, why, and how many were bad and read so far; may raise.
+        on_bad: Called with a clip that could not be read, and why; may raise.
         shard_bytes: Size of a shard.
     """
     tally = Tally()
@@ -161,6 +161,6 @@ def encode_clips(
                     add_bad_clip(writer, clip, place, why)
                     tally.bad[clip.id] = why
                     if on_bad is not None:
-                        on_bad(clip, why, len(tally.bad), tally.clips + len(tally.bad))
+                        on_bad(clip, why)
                 counter.advance()
     return tally

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
@@ -137,11 +138,11 @@ def encode(job: Job, share: Any, local: int) -> None:
     parts = [(Path(job.out), material.clips, [*job.texts, *material.texts])]
     if material.validation is not None:
         parts.append((Path(job.out) / "validation", material.validation, []))
+    for size in getattr(job.datamodule, "clip_sizes", ()):
+        backbone.check_clip(*size)
     with leaving_at_sigterm():
         for out, source, extra in parts:
             captions = [clip.caption or "" for clip in source.clips] if source is not None else []
-            if source is not None and len(source.clips):
-                backbone.check_clip(*source[0].pixels.shape[2:])
 
             def watch(what: str, count: int, out: Path = out) -> Progress:
                 return Progress(f"{out.name}: {what}{label}", count, show=first)
@@ -155,6 +156,7 @@ def encode(job: Job, share: Any, local: int) -> None:
             def watch(what: str, count: int, out: Path = out) -> Progress:
                 return Progress(f"{out.name}: {what}{label}", count, show=first)
 
+            policy = Policy(out, source, share, job.datamodule)
             encode_clips(
                 out,
                 backbone,
@@ -163,8 +165,44 @@ def encode(job: Job, share: Any, local: int) -> None:
                 functools.partial(read, workers=job.datamodule.num_workers),
                 watch,
                 getattr(torch, job.dtype),
-                shard_bytes=shard_bytes,
+                policy.bad,
+                shard_bytes,
             )
+
+
+class Policy:
+    """What is done about clips that can't be read: as in training, they are noted and skipped, up to a share.
+
+    Args:
+        out: The cache; the list of bad clips lies in it.
+        source: All clips.
+        share: This rank's.
+        datamodule: Has ``on_error`` and ``max_bad_fraction``.
+    """
+
+    def __init__(self, out: Path, source: Any, share: Any, datamodule: Any) -> None:
+        from muybridge.data.account import FILE, read
+
+        self.file = out / FILE
+        self.on_error = getattr(datamodule, "on_error", "skip")
+        self.fraction = getattr(datamodule, "max_bad_fraction", 1.0)
+        self.total = sum(clip.id in share for clip in source.clips)
+        self.reasons: dict[str, str] = {}
+        self._noted = {(entry.get("id"), entry.get("reason")) for entry in read(self.file)}
+
+    def bad(self, clip: Any, why: str) -> None:
+        """Note a clip; stop where it is one too many of all that this rank is to encode."""
+        from datamodules.bad_videos import refuse_one
+        from muybridge.data.account import Account, append, line, refuse
+
+        self.reasons[clip.id] = why
+        if (clip.id, why) not in self._noted:
+            append(self.file, [line(clip.id, str(clip.path), why)])
+        if self.on_error == "raise":
+            raise refuse_one(clip.id, str(clip.path), why)
+        account = Account(self.total, len(self.reasons), self.reasons)
+        if account.too_many(self.fraction):
+            raise refuse(account, self.fraction, str(self.file))
 
 
 def read(source: Any, places: list[int], workers: int) -> Iterable[Any]:
@@ -205,26 +243,27 @@ def _rank(job: Job, rank: int, world: int) -> None:
 
 def spread(job: Job, count: int) -> None:
     """The work on several processes; the first that fails ends the others, which write what they have."""
-    context = multiprocessing.get_context("spawn")
+    # Not fork: a process that has used a GPU can't be forked.
+    methods = multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     processes = [context.Process(target=_rank, args=(job, rank, count)) for rank in range(count)]
     for process in processes:
         process.start()
+    failed: list[int] = []
     try:
         waiting = list(processes)
-        while waiting:
+        while waiting and not failed:
             multiprocessing.connection.wait([p.sentinel for p in waiting])
             waiting = [p for p in processes if p.exitcode is None]
-            if any(p.exitcode for p in processes):
-                break
+            failed = [p.exitcode for p in processes if p.exitcode]
     finally:
         for process in processes:
             if process.is_alive():
                 process.terminate()
         for process in processes:
             process.join()
-    codes = [p.exitcode for p in processes if p.exitcode]
-    if codes:
-        raise SystemExit(codes[0] if codes[0] > 0 else 128 - codes[0])
+    if failed:
+        raise SystemExit(failed[0] if failed[0] > 0 else 128 - failed[0])
 
 
 def report(out: str, verify: bool, alone: bool) -> None:
