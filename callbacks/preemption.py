@@ -67,6 +67,7 @@ class Preemption(pl.Callback):
         self.signals = [getattr(signal, s) for s in signals]
         self.every, self.dirpath, self.requeue, self.name = every, dirpath, requeue, name
         self.told: Optional[int] = None
+        self._folder = Path()
         self._before: dict[int, Any] = {}
         self._owner = 0
         self._last = 0
@@ -87,6 +88,9 @@ class Preemption(pl.Callback):
         rest = [c for c in trainer.callbacks if c is not self]
         first = next((i for i, c in enumerate(rest) if isinstance(c, Checkpoint)), len(rest))
         trainer.callbacks = [*rest[:first], self, *rest[first:]]
+        # ModelCheckpoint, which sets up later, replaces what it was not told by the folder of this attempt's log.
+        told = [c.dirpath for c in rest if isinstance(c, ModelCheckpoint) and c.dirpath]
+        self._folder = Path(self.dirpath or (told[0] if told else trainer.default_root_dir))
         self.told, self._owner = None, os.getpid()
         self._before = {number: signal.getsignal(number) for number in self.signals}
         self._listen()
@@ -106,7 +110,7 @@ class Preemption(pl.Callback):
         found = trainer._signal_connector._original_handlers
         found.update({n: before for n, before in self._before.items() if found.get(n) == self._note})
         self._last = trainer.global_step
-        left = self._written(trainer)
+        left = self._written()
         if left and not trainer.ckpt_path:
             raise UsageError(
                 f"{left[-1]} was left by this run to go on from, and this run starts anew",
@@ -135,7 +139,7 @@ class Preemption(pl.Callback):
         """Give the signals back; a run that came to its end has nothing left to go on from."""
         self._deafen()
         if trainer.is_global_zero:
-            self._remove(self._written(trainer))
+            self._remove(self._written())
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Give the signals back."""
@@ -163,8 +167,8 @@ class Preemption(pl.Callback):
         return int(everywhere) or None
 
     def _leave(self, trainer: pl.Trainer, urgency: int) -> None:
-        before = self._written(trainer)
-        path = self._folder(trainer) / f"{self._stem()}{trainer.global_step:08d}.ckpt"
+        before = self._written()
+        path = self._folder / f"{self._stem()}{trainer.global_step:08d}.ckpt"
         trainer.save_checkpoint(path)
         rank_zero_info(f"told to leave: saved {path}; --ckpt_path last goes on from it")
         refused = ""
@@ -184,10 +188,6 @@ class Preemption(pl.Callback):
 
     # -- files -----------------------------------------------------------------------------------------------------
 
-    def _folder(self, trainer: pl.Trainer) -> Path:
-        told = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
-        return Path(self.dirpath or (told[0] if told else trainer.default_root_dir))
-
     @property
     def run(self) -> str:
         """The run's name; empty where nobody gave it one."""
@@ -197,11 +197,12 @@ class Preemption(pl.Callback):
         run = re.sub(r"[^\w.-]+", "-", self.run)
         return f"preempted-{run}-" if run else "preempted-"
 
-    def _written(self, trainer: pl.Trainer) -> list[Path]:
+    def _written(self) -> list[Path]:
         """The checkpoints this run left, oldest first."""
         pattern = re.compile(re.escape(self._stem()) + r"\d{8,}\.ckpt")
-        folder = self._folder(trainer)
-        return sorted(p for p in folder.iterdir() if pattern.fullmatch(p.name)) if folder.is_dir() else []
+        if not self._folder.is_dir():
+            return []
+        return sorted(p for p in self._folder.iterdir() if pattern.fullmatch(p.name))
 
     @staticmethod
     def _remove(paths: Any) -> None:
@@ -221,9 +222,7 @@ class Preemption(pl.Callback):
         if trainer.state.fn != TrainerFn.FITTING or not theirs or not self.run or theirs == self.run:
             return
         path = Path(str(trainer.ckpt_path)).resolve()
-        shared = [
-            f for f in (self._folder(trainer), Path(trainer.default_root_dir)) if path.is_relative_to(f.resolve())
-        ]
+        shared = [f for f in (self._folder, Path(trainer.default_root_dir)) if path.is_relative_to(f.resolve())]
         if shared:
             raise UsageError(
                 f"{path} was written by the run {theirs!r}, and this is the run {self.run!r}, in the same folder {shared[0]}",

@@ -6,6 +6,7 @@ while the block runs. Nothing else changes: names, ``state_dict``, adapters and 
 
 from __future__ import annotations
 
+import warnings
 from typing import Optional
 
 import torch
@@ -58,6 +59,8 @@ def shard(
                 "one dtype for all that is trained, or FSDP2 cannot sum their gradients together",
                 "load the backbone with dtype: float32, or train the adapter alone",
             )
+    # It warns of in-place changes of a network's output, which may be a view. Nothing in this toolkit makes any.
+    warnings.filterwarnings("ignore", message=".*FSDP2-wrapped module .* returned a view tensor")
     for module in [*backbone.blocks(), *backbone.networks.values()]:
         fully_shard(
             module, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=reshard_after_forward

@@ -108,10 +108,13 @@ def test_a_checkpoint_of_another_run_in_the_same_folder_is_refused(tmp_path: Pat
 
 
 def test_the_checkpoint_lies_where_last_is_looked_for(tmp_path: Path) -> None:
-    kept = ModelCheckpoint(str(tmp_path / "kept"), every_n_train_steps=2, save_top_k=-1)
-    files = leave(tmp_path, "SIGUSR1", 3, kept)
-    assert files[-1] == tmp_path / "kept" / "preempted-00000004.ckpt"
-    assert max(files, key=lambda p: p.stat().st_mtime_ns) == files[-1]
+    told = ModelCheckpoint(str(tmp_path / "kept"), every_n_train_steps=2, save_top_k=-1)
+    files = leave(tmp_path, "SIGUSR1", 3, told)
+    assert max(files, key=lambda p: p.stat().st_mtime_ns) == tmp_path / "kept" / "preempted-00000004.ckpt"
+    # Not told where to write, it writes to a folder that is another one at each attempt.
+    untold = ModelCheckpoint(every_n_train_steps=2, save_top_k=-1)
+    files = leave(tmp_path / "root", "SIGUSR1", 3, untold)
+    assert max(files, key=lambda p: p.stat().st_mtime_ns) == tmp_path / "root" / "preempted-00000004.ckpt"
 
 
 def test_handlers_are_given_back(tmp_path: Path) -> None:
