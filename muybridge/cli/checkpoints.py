@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+from muybridge.cli.front import rank
 from muybridge.cli.spelling import did_you_mean, near
 from muybridge.errors import UsageError
 
@@ -29,6 +30,12 @@ def written(places: Sequence[Path]) -> list[Path]:
     return sorted(found, key=lambda p: (p.stat().st_mtime_ns, str(p)))
 
 
+def say(text: str) -> None:
+    """Tell the user once, whatever the number of ranks."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
 def resolve(given: Optional[str], trainer: Any, resuming: bool = False) -> Optional[str]:
     """The checkpoint that was asked for.
 
@@ -50,13 +57,13 @@ def resolve(given: Optional[str], trainer: Any, resuming: bool = False) -> Optio
     if not found:
         where = ", ".join(map(str, places))
         if given == "last" and resuming:
-            print(f"ckpt_path last: no checkpoint in {where} yet, starting from the beginning", flush=True)
+            say(f"ckpt_path last: no checkpoint in {where} yet, starting from the beginning")
             return None
         raise UsageError(
             f"ckpt_path {given}: no checkpoint in {where}", "a run that has written one", "give the path of a file"
         )
     chosen = found[-1] if given == "last" else _best(found)
-    print(f"ckpt_path {given}: {chosen}", flush=True)
+    say(f"ckpt_path {given}: {chosen}")
     return str(chosen)
 
 

@@ -97,7 +97,7 @@ class CLI(LightningCLI):
             save_config_callback=SaveConfig if verb == "fit" else None,
             trainer_class=Trainer,
             seed_everything_default=0,
-            parser_kwargs={"allow_abbrev": False, "default_env": True, "env_prefix": "MUYBRIDGE"},
+            parser_kwargs={"prog": "muybridge", "allow_abbrev": False, "default_env": True, "env_prefix": "MUYBRIDGE"},
             parser_class=Parser,
             subclass_mode_model=True,
             subclass_mode_data=True,

@@ -57,7 +57,7 @@ class Known(Protocol):
         """File and line of a key or a value in the user's configs; empty where it stands in none."""
 
 
-_KEY = re.compile(r'Parser key "([^"]+)":\s*(.*)', re.DOTALL)
+_KEY = re.compile(r'(?:Parser key "([^"]+)"|--([\w.]+)\.help):\s*(.*)', re.DOTALL)
 _CLASS = re.compile(r"Problem with given class_path '([^']+)':\s*(.*)", re.DOTALL)
 _CALLABLE = re.compile(r"Type .+ expects a function or a callable class: (.*)")
 _UNION = "Does not validate against any of the Union subtypes"
@@ -77,9 +77,8 @@ def read(text: str, keys: tuple[str, ...] = (), classes: tuple[str, ...] = ()) -
         return read("\n".join([tail[0].removeprefix("- "), *tail[1:]]), keys, classes)
     match = _KEY.match(head)
     if match:
-        inner = match.group(2) or _dedent(tail)
-        # jsonargparse repeats the parent's keys in some messages and leaves them out in others.
-        return read(inner, (*keys, *match.group(1).split(".")), classes)
+        key, asked, rest = match.groups()
+        return read(rest or _dedent(tail), (*keys, *(key or asked).split(".")), classes)
     match = _CLASS.match(head)
     if match:
         return read(match.group(2) or _dedent(tail), keys, (*classes, match.group(1)))

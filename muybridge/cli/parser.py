@@ -15,6 +15,7 @@ import jsonargparse
 from muybridge import registry
 from muybridge.cli.files import Config, classes_beside
 from muybridge.cli.messages import explain
+from muybridge.cli.places import ROOMS
 from muybridge.errors import UsageError
 
 
@@ -133,8 +134,9 @@ def _concrete(base: type) -> Iterator[type]:
     if base is type(None) or base is object:
         return
     children: list[type] = type.__subclasses__(base)
-    # Lightning's own bases do nothing by themselves.
-    idle = base.__module__.startswith("lightning.") and bool(children)
+    # What its own package extends is a base, and seldom of use by itself.
+    package = base.__module__.split(".")[0]
+    idle = any(child.__module__.split(".")[0] in (package, *ROOMS) for child in children)
     if not (idle or inspect.isabstract(base) or base.__name__.startswith("_")):
         yield base
     for child in children:

@@ -168,6 +168,13 @@ def test_a_mistake_is_said_in_a_few_lines(
     assert not loads, "checks come before weights"
 
 
+def test_help_of_a_class_that_is_not_there(command: Command):
+    result = command("fit", "--data.help", "VideData")
+    assert result.code == 2
+    assert "did you mean VideoData?" in result.message
+    assert "ClipData" not in result.message, "a base is nothing to choose"
+
+
 def test_nothing_given(command: Command, loads: list[Backbone]):
     result = command("fit")
     assert result.code == 2

@@ -52,6 +52,22 @@ def test_help_names_every_verb(command: Command):
     assert command().out == out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--help"], "--trainer.max_steps"),
+        (["--model.help", "Finetuning"], "Which times are drawn"),
+        (["--model", "Finetuning", "--model.losses.help", "Denoising"], "--losses.weighting"),
+        (["--data.help", "VideoData"], "--data.videos"),
+    ],
+)
+def test_help_of_a_verb_and_of_its_classes(command: Command, arguments: list[str], said: str):
+    """The docstrings' ``Args:`` are the help."""
+    result = command("fit", *arguments)
+    assert result.code == 0
+    assert said in result.out
+
+
 def test_version(command: Command):
     assert command("--version").out.strip() == f"muybridge {muybridge.__version__}"
 

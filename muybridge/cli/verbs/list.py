@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import takewhile
 from typing import Optional
 
 from muybridge import registry
@@ -65,11 +66,12 @@ def tiny() -> list[Row]:
 
 
 def configs() -> list[Row]:
-    """Name of each shipped config and its first comment."""
+    """Name of each shipped config and the first sentence of its opening comment."""
     rows: list[Row] = []
     for name in shipped_configs():
-        first = (configs_dir() / name).read_text(encoding="utf-8").splitlines()[0]
-        rows.append((name, first.removeprefix("#").strip() if first.startswith("#") else ""))
+        lines = (configs_dir() / name).read_text(encoding="utf-8").splitlines()
+        comment = " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
+        rows.append((name, comment.split(". ")[0].rstrip(".") + "."))
     return rows
 
 
@@ -77,7 +79,7 @@ KINDS: dict[str, tuple[str, Callable[[], list[Row]]]] = {
     "verbs": ("muybridge VERB --help", lambda: [(n, v.help) for n, v in registry.VERBS.items()]),
     "backbones": ("class_path: Pretrained picks the family from a checkpoint's pipeline class", backbones),
     "losses": (
-        "losses: [{class_path: NAME}] of a model; your own: docs/plug-in-a-loss.md",
+        "losses: [{class_path: NAME}] of a model; options: muybridge fit --model Finetuning --model.losses.help NAME",
         lambda: classes(registry.LOSSES),
     ),
     "modules": (
