@@ -172,6 +172,17 @@ def test_any_strategy_goes_on_from_any_other(
     same_run(found, wanted[lora])
 
 
+def test_a_loader_made_before_the_checkpoint_is_read_begins_at_the_right_place(wan: Path, tmp_path: Path) -> None:
+    """A schedule that needs the length of a run of epochs makes Lightning ask for the loader while it sets up."""
+    epochs: dict[str, Any] = dict(steps=-1, max_epochs=2, ema=False, data=dict(num_workers=2))
+    wanted = start(wan, "one", tmp_path, **epochs)
+    assert len(wanted.losses) == 8
+    for update in (3, 6):
+        path = str(tmp_path / f"{update}.ckpt")
+        start(wan, "folder", tmp_path, **epochs, save_after=update, save_to=path)
+        same_run(start(wan, "folder", tmp_path, **epochs, ckpt_path=path), wanted)
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_folder_consolidates_to_what_one_process_would_have_written(
     lora: bool, wan: Path, wanted: dict[bool, Left], saved: Callable[..., Path], tmp_path: Path
