@@ -161,6 +161,7 @@ class VideoData(ClipData):
         self.selection, self.sampling_weights, self.repeats = selection, sampling_weights, repeats
         self.cache_path, self.origin = cache, videos
         self._videos: dict[str, VideoDataset] = {}
+        self._watcher: Optional[BadVideoWatch] = None
 
     # -- what there is ---------------------------------------------------------------------------------------------
 
@@ -232,7 +233,7 @@ class VideoData(ClipData):
         return found
 
     def _watch(self, trainer: Any) -> None:
-        if any(isinstance(callback, BadVideoWatch) for callback in trainer.callbacks):
+        if self._watcher in trainer.callbacks:
             return
         sets = list(self._sets.values())
 
@@ -241,7 +242,9 @@ class VideoData(ClipData):
 
         data = self._sets["train"]
         out = {c.id: c.problem for c, b in zip(data.clips, data.bucket_of, strict=True) if b is None and c.problem}
-        trainer.callbacks.append(BadVideoWatch(self.on_error, self.max_bad_fraction, paths, out))
+        self._watcher = BadVideoWatch(self.on_error, self.max_bad_fraction, paths, out)
+        # A trainer may have watched another datamodule before.
+        trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, BadVideoWatch)] + [self._watcher]
 
     def to_cache(self) -> Material:
         """What ``muybridge cache`` encodes: every clip that is trained on, once."""

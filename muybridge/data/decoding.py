@@ -29,6 +29,10 @@ GRID, NARROW = 64, 192
 """Pixels that decord pads rows to, and below which it may miscalculate the shape of what it returns."""
 
 
+LARGE = 2**28
+"""Bytes from which on ``auto`` reads by PyAV: decord reads a file from end to end whenever it opens it."""
+
+
 class VideoReader(Protocol):
     """A video file, open for reading frames by number."""
 
@@ -105,7 +109,7 @@ def _index(path: str, changed: int, length: int) -> Index:
         # Names of tracks and the like are never read here, so theirs may be in any encoding.
         with av.open(path, metadata_errors="replace") as container:
             return _list_packets(container)
-    except av.error.FFmpegError as error:
+    except (av.error.FFmpegError, ValueError) as error:
         raise BadVideo(f"no video: {_said(error)} (truncated, damaged, or another kind of file)") from error
 
 
@@ -274,7 +278,7 @@ class AvReader(_Reader):
                     width=height if turned else width, height=width if turned else height, format="rgb24"
                 )
                 found[number] = np.rot90(scaled.to_ndarray(), -self.index.turns)
-        except av.error.FFmpegError as error:
+        except (av.error.FFmpegError, ValueError) as error:
             raise BadVideo(f"damaged: {_said(error)}, at frame {max(found, default=min(indices))} or after") from error
         return np.stack([found[i] for i in indices])
 
@@ -334,6 +338,8 @@ class AutoReader(_Reader):
     def frames(self, indices: Sequence[int], size: Optional[Size] = None) -> Frames:
         """See :class:`VideoReader`."""
         why = self.index.reason
+        if not why and os.path.getsize(self.path) > LARGE:
+            why = "large file, all of which decord would read for each clip"
         if not why:
             try:
                 return DecordReader(self.path).frames(indices, size)

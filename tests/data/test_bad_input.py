@@ -290,4 +290,11 @@ def test_the_watch_is_there_without_being_asked_for_and_once(good: Path, tmp_pat
     data.trainer = run
     for stage in ("fit", "test"):
         data.setup(stage)
-    assert sum(isinstance(callback, BadVideoWatch) for callback in run.callbacks) == 1
+    watches = [callback for callback in run.callbacks if isinstance(callback, BadVideoWatch)]
+    assert len(watches) == 1
+    other = _data(good, on_error="raise")
+    other.trainer = run
+    other.setup("validate")
+    (now,) = (callback for callback in run.callbacks if isinstance(callback, BadVideoWatch))
+    assert now is not watches[0]
+    assert now.on_error == "raise"

@@ -91,6 +91,15 @@ def test_decord_refuses_the_files_it_would_miscount(name: str, files: Callable[[
         open_video(files(name), "decord")
 
 
+def test_of_a_large_file_only_what_is_wanted_is_read(
+    files: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("muybridge.data.decoding.LARGE", 1000)
+    video = open_video(files("h264.mp4"))
+    assert numbers(video.frames([30, 2])) == [30, 2]
+    assert "large file" in video.remark
+
+
 @pytest.mark.parametrize("name", ["vfr.mp4", "vfr.mkv"])
 def test_times_are_the_frames_own(name: str, files: Callable[[str], Path]) -> None:
     video = open_video(files(name))
