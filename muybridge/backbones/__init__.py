@@ -6,8 +6,9 @@ import importlib
 from collections.abc import Sequence
 from typing import Any, Optional
 
-from muybridge.backbones.base import ALL_COMPONENTS, Backbone, Component, DType, Geometry
+from muybridge.backbones.base import ALL_COMPONENTS, Backbone, Component, DType
 from muybridge.backbones.checkpoint import Checkpoint
+from muybridge.backbones.geometry import Geometry
 from muybridge.errors import UsageError
 from muybridge.registry import BACKBONES
 

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Optional
 import torch
 from torch import Tensor, nn
 
-from muybridge.backbones.base import Geometry
+from muybridge.backbones.geometry import Geometry
 from muybridge.backbones.stable_diffusion import ClipText
 from muybridge.diffusion.conditioning import Conditioning
 

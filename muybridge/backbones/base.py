@@ -6,13 +6,13 @@ import functools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Optional
 
 import torch
 from torch import Tensor, nn
 
 from muybridge.backbones.checkpoint import Checkpoint
+from muybridge.backbones.geometry import Geometry
 from muybridge.diffusion import samplers
 from muybridge.diffusion.conditioning import Conditioning
 from muybridge.diffusion.predictions import guide
@@ -23,27 +23,6 @@ DType = Literal["float32", "bfloat16", "float16"]
 Component = Literal["denoiser", "vae", "text_encoder"]
 Projection = Literal["q", "k", "v", "o"]
 ALL_COMPONENTS: tuple[Component, ...] = ("denoiser", "vae", "text_encoder")
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How pixels map to latents and latents to tokens.
-
-    Args:
-        channels: Latent channels.
-        spatial: Pixels per latent place, along height and width.
-        temporal: Pixel frames per latent frame after the first (1: every frame has its own).
-        patch: Latent places per token along (F, H, W).
-        frames: The only latent frame count the network takes, where there is only one (Latte).
-        max_frames: The largest pixel frame count, where there is a limit (AnimateDiff).
-    """
-
-    channels: int
-    spatial: int
-    temporal: int = 1
-    patch: tuple[int, int, int] = (1, 2, 2)
-    frames: Optional[int] = None
-    max_frames: Optional[int] = None
 
 
 class Backbone(nn.Module, ABC):
@@ -274,34 +253,12 @@ class Backbone(nn.Module, ABC):
             raise ValueError(
                 f"{latents.shape[0]} latents, {t.shape[0]} times, {len(conditioning)} prompts: expected equal numbers"
             )
-        geometry = self.geometry
-        _, channels, frames, height, width = latents.shape
+        frames = latents.shape[2]
         if t.ndim == 2 and t.shape[1] != frames:
             raise ValueError(
                 f"per-frame times of shape {tuple(t.shape)}: expected one for each of {frames} latent frames"
             )
-        if channels != geometry.channels:
-            raise UsageError(
-                f"latents with {channels} channels", f"{geometry.channels}, as {self.family}'s network takes"
-            )
-        for size, patch, axis in zip(
-            (frames, height, width), geometry.patch, ("frames", "height", "width"), strict=True
-        ):
-            if size % patch:
-                raise UsageError(
-                    f"a latent {axis} of {size}",
-                    f"a multiple of {self.family}'s patch, {patch}: the network would crop it in silence",
-                )
-        if geometry.frames is not None and frames not in (geometry.frames, 1):
-            raise UsageError(
-                f"{frames} latent frames",
-                f"{geometry.frames} (or 1): {self.family}'s network has positions for no other count",
-            )
-        if geometry.max_frames is not None and frames > geometry.max_frames:
-            raise UsageError(
-                f"{frames} latent frames",
-                f"at most {geometry.max_frames}: {self.family}'s network has positions for no more",
-            )
+        self.geometry.check_latents(latents, self.family)
         self._check(latents, t, conditioning)
         dtype = self.dtype
         t = self.schedule.snap(t.to(latents.device))
@@ -313,40 +270,11 @@ class Backbone(nn.Module, ABC):
 
     def check_clip(self, frames: int, height: int, width: int) -> None:
         """Refuse a clip size that the family can't represent exactly, with the nearest that it can."""
-        g = self.geometry
-        side = g.spatial * g.patch[1]
-        problems, fits = [], []
-        if (frames - 1) % g.temporal:
-            low = (frames - 1) // g.temporal * g.temporal + 1
-            problems.append(f"{frames} frames")
-            fits.append(f"{g.temporal}n+1 frames, such as {low} or {low + g.temporal}")
-        latent_frames = (frames - 1) // g.temporal + 1
-        if not fits and g.frames is not None and latent_frames not in (1, g.frames):
-            problems.append(f"{frames} frames")
-            fits.append(f"{(g.frames - 1) * g.temporal + 1} frames, the only length it was trained for")
-        if g.max_frames is not None and frames > g.max_frames:
-            problems.append(f"{frames} frames")
-            fits.append(f"at most {g.max_frames} frames")
-        if not fits and latent_frames % g.patch[0]:
-            count = -(-latent_frames // g.patch[0]) * g.patch[0]
-            problems.append(f"{frames} frames ({latent_frames} latent frames)")
-            fits.append(f"a multiple of {g.patch[0]} latent frames, such as {(count - 1) * g.temporal + 1} frames")
-        if height % side or width % side:
-            problems.append(f"{height}x{width} pixels")
-            near = [max(side, round(x / side) * side) for x in (height, width)]
-            fits.append(f"sides divisible by {side}, such as {near[0]}x{near[1]}")
-        if problems:
-            raise UsageError(
-                f"{self.family} can't take clips of {' and '.join(problems)}",
-                "; ".join(fits),
-                "set frames, height and width of the datamodule (nothing is cropped in silence)",
-            )
+        self.geometry.check_clip(frames, height, width, self.family)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, F, H, W) of the latents of a clip; refuses sizes that don't fit."""
-        self.check_clip(frames, height, width)
-        g = self.geometry
-        return g.channels, (frames - 1) // g.temporal + 1, height // g.spatial, width // g.spatial
+        return self.geometry.latent_shape(frames, height, width, self.family)
 
     def _statistics(self, vae: Any) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation that normalise this VAE's latents, per channel."""

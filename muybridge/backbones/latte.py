@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Optional
 import torch
 from torch import Tensor
 
-from muybridge.backbones.base import Geometry
+from muybridge.backbones.geometry import Geometry
 from muybridge.backbones.stable_diffusion import FrameWise
 from muybridge.diffusion.conditioning import Conditioning
 from muybridge.errors import UsageError

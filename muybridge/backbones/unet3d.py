@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from muybridge.backbones.base import Geometry
 from muybridge.backbones.gates import same_switches
+from muybridge.backbones.geometry import Geometry
 from muybridge.backbones.stable_diffusion import ClipText
 from muybridge.diffusion.conditioning import Conditioning
 

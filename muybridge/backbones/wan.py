@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import Tensor
 
-from muybridge.backbones.base import Backbone, Geometry
+from muybridge.backbones.base import Backbone
+from muybridge.backbones.geometry import Geometry
 from muybridge.backbones.noise import rectified_flow
 from muybridge.diffusion.conditioning import Conditioning
 from muybridge.diffusion.schedules import NoiseSchedule

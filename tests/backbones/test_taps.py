@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from muybridge import tiny
 from muybridge.backbones import Backbone
-from muybridge.backbones.taps import AttentionRecord, AttentionTap
+from muybridge.backbones.attention import AttentionRecord
+from muybridge.backbones.taps import AttentionTap
 from muybridge.errors import UsageError
 
 Tiny = Callable[[str], Path]
