@@ -147,13 +147,10 @@ def test_one_process_resumes_bit_for_bit(
     ("written", "resumed", "lora"),
     [
         (("folder", 2), ("folder", 2), False),
-        (("folder", 2), ("folder", 1), True),
-        (("folder", 2), ("file", 1), False),
         (("folder", 1), ("folder", 2), False),
-        (("file", 2), ("one", 1), False),
-        (("file", 2), ("folder", 2), True),
-        (("one", 1), ("folder", 2), False),
-        (("ddp", 2), ("folder", 2), True),
+        (("folder", 2), ("folder", 1), True),
+        (("file", 2), ("one", 1), True),
+        (("one", 1), ("folder", 2), True),
     ],
     ids=str,
 )
@@ -175,12 +172,10 @@ def test_any_strategy_goes_on_from_any_other(
 def test_a_loader_made_before_the_checkpoint_is_read_begins_at_the_right_place(wan: Path, tmp_path: Path) -> None:
     """A schedule that needs the length of a run of epochs makes Lightning ask for the loader while it sets up."""
     epochs: dict[str, Any] = dict(steps=-1, max_epochs=2, ema=False, data=dict(num_workers=2))
-    wanted = start(wan, "one", tmp_path, **epochs)
-    assert len(wanted.losses) == 8
-    for update in (3, 6):
-        path = str(tmp_path / f"{update}.ckpt")
-        start(wan, "folder", tmp_path, **epochs, save_after=update, save_to=path)
-        same_run(start(wan, "folder", tmp_path, **epochs, ckpt_path=path), wanted)
+    path = str(tmp_path / "six.ckpt")
+    whole = start(wan, "folder", tmp_path, **epochs, save_after=6, save_to=path)
+    assert len(whole.losses) == 8
+    same_run(start(wan, "folder", tmp_path, **epochs, ckpt_path=path), whole)
 
 
 @pytest.mark.parametrize("lora", [False, True])
