@@ -32,7 +32,9 @@ def to_pixels(frames: Frames) -> Tensor:
     """uint8 frames as one clip (3, F, H, W) in [-1, 1]."""
     from torch import from_numpy
 
-    return from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2).float() / 127.5 - 1.0
+    # In place: a clip's worth of floats is large, and each further copy of it costs as much as decoding many frames.
+    planar = from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2).contiguous()
+    return planar.float().div_(127.5).sub_(1.0)
 
 
 def _temporary(path: Path) -> Path:

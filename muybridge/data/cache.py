@@ -409,8 +409,7 @@ def _stack(values: Sequence[Tensor], ids: Sequence[str]) -> Tensor:
     if len(shapes) > 1:
         said = ", ".join(f"{list(shape)} ({name})" for shape, name in shapes.items())
         raise UsageError(f"clips of {len(shapes)} shapes in one batch: {said}", "one shape a batch")
-    out = torch.empty(len(values), *values[0].shape)
-    return torch.stack(list(values), out=out) if values[0].dtype == out.dtype else out.copy_(torch.stack(list(values)))
+    return torch.stack(list(values)).float()
 
 
 # -- writing -------------------------------------------------------------------------------------------------------------------
