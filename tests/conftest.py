@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,13 @@ import torch
 from muybridge import tiny
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def lightning_is_heard() -> None:
+    """Lightning keeps its messages from the root logger if it was imported before pytest listened there."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).propagate = True
 
 
 @pytest.fixture(scope="session")
