@@ -285,6 +285,10 @@ class Backbone(nn.Module, ABC):
         spread = torch.tensor(std if std is not None else [1.0]) / scale
         return center.view(1, -1, 1, 1, 1), spread.view(1, -1, 1, 1, 1)
 
+    def _own_precision(self) -> torch.autocast:
+        """Encoders run in the dtype they were given, also inside a training step under Trainer precision ``bf16-mixed``."""
+        return torch.autocast(self.device.type, enabled=False)
+
     @torch.no_grad()
     def encode(self, pixels: Tensor, generator: Optional[torch.Generator] = None) -> Tensor:
         """Pixels (B, 3, F, H, W) in [-1, 1] to normalised latents, float32.
@@ -295,7 +299,8 @@ class Backbone(nn.Module, ABC):
         """
         self.check_clip(*pixels.shape[2:])
         vae = self.vae
-        posterior = self._vae_encode(vae, pixels.to(vae.device, vae.dtype))
+        with self._own_precision():
+            posterior = self._vae_encode(vae, pixels.to(vae.device, vae.dtype))
         raw = posterior.mode() if generator is None else posterior.sample(generator)
         raw = self._from_codec(raw, pixels.shape[0]).float()
         center, spread = self._statistics(vae)
@@ -307,7 +312,8 @@ class Backbone(nn.Module, ABC):
         vae = self.vae
         center, spread = self._statistics(vae)
         raw = latents.float() * spread.to(latents.device) + center.to(latents.device)
-        pixels = self._vae_decode(vae, raw.to(vae.device, vae.dtype))
+        with self._own_precision():
+            pixels = self._vae_decode(vae, raw.to(vae.device, vae.dtype))
         return pixels.float().clamp(-1.0, 1.0)
 
     def _vae_encode(self, vae: Any, pixels: Tensor) -> Any:
@@ -327,7 +333,8 @@ class Backbone(nn.Module, ABC):
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts to conditioning, as the family's pipeline does it."""
-        return self._encode_prompts(self._text_pipeline(), list(prompts))
+        with self._own_precision():
+            return self._encode_prompts(self._text_pipeline(), list(prompts))
 
     def unconditional(self, negative_prompt: str = "") -> Conditioning:
         """The conditioning of the unconditional branch, one sample long; encoded once."""

@@ -188,6 +188,18 @@ def test_an_unreadable_clip_keeps_its_slot(tiny_checkpoint: Tiny, tmp_path: Path
         encode(model, VideoData(**options, on_error="raise"), tmp_path / "cache")
 
 
+def test_mixed_precision_leaves_the_encoders_alone(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    """Under bf16-mixed the VAE still runs in its own dtype: otherwise the cache would hold better latents than training sees."""
+    model = tiny_checkpoint("wan")
+    write_clips(tmp_path / "videos", 2, frames=9, height=16, width=16)
+    options: dict[str, Any] = dict(videos=str(tmp_path / "videos"), frames=5, height=16, width=16, num_workers=0)
+    from_video = train(model, tmp_path, VideoData(**options), WHOLE, precision="bf16-mixed")
+    encode(model, VideoData(**options), tmp_path / "cache")
+    data = VideoData(**options, cache=str(tmp_path / "cache"))
+    from_cache = train(model, tmp_path, data, ("denoiser",), precision="bf16-mixed")
+    torch.testing.assert_close(from_cache.losses, from_video.losses, rtol=1e-6, atol=0)
+
+
 def test_motion_weights_reach_the_batch(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     from muybridge.data.cache import open_column
     from muybridge.diffusion.draws import keyed_noise
