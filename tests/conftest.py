@@ -26,6 +26,8 @@ def lightning_is_heard() -> None:
     """Lightning keeps its messages from the root logger if it was imported before pytest listened there."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).propagate = True
+        # A module that some tests import to be quieter must not silence the others.
+        logging.getLogger(name).setLevel(logging.INFO)
 
 
 @pytest.fixture(scope="session")
