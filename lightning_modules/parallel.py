@@ -224,7 +224,9 @@ class FullyShard(ModelParallelStrategy):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
         checkpoint = load_plain(path, safe)
-        given = checkpoint.pop("state_dict")
+        given = checkpoint.pop("state_dict", None)
+        if given is None:
+            raise UsageError(f"{path} holds no weights of a Lightning module", "a checkpoint that fit wrote")
         assert self.model is not None
         weights = self.model.state_dict()
         self._check_names(set(given), set(weights))

@@ -75,7 +75,12 @@ up() {
 
 down() {
     for file in "$home"/run/slurmd-*.pid "$home/run/slurmctld.pid" "$home/run/munged.pid"; do
-        if [ -f "$file" ]; then kill "$(cat "$file")" || echo "no process of $file" >&2; fi
+        if [ -f "$file" ]; then
+            process="$(cat "$file")"
+            kill "$process" || echo "no process of $file" >&2
+            # It still writes its state, and whoever calls this may remove the folder next.
+            for _ in $(seq 100); do kill -0 "$process" 2> /dev/null || break; sleep 0.1; done
+        fi
     done
 }
 

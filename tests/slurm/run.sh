@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Submit the scripts of configs/slurm to a SLURM of two virtual nodes and check what they leave.
 #   tests/slurm/run.sh | tee benchmarks/results/slurm.txt
+#   tests/slurm/run.sh limit | tee -a benchmarks/results/slurm.txt      only a run that meets its time limit again and again
 set -euo pipefail
 
 here="$(cd "$(dirname "$0")" && pwd)"
@@ -27,6 +28,7 @@ printf '#!/bin/sh\nexec "%s" -m muybridge "$@"\n' "$python" > "$work/bin/muybrid
 chmod +x "$work/bin/muybridge"
 export PATH="$work/bin:$PATH" MASTER_ADDR=127.0.0.1
 resources=(--ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=1 --time=10)
+if [ "${1:-}" = limit ]; then resources+=(--time=1 --signal=USR1@25); fi
 job() { # name, sbatch script, options of the command: prints the job's number
     local name="$1" script="$2"
     shift 2
@@ -76,6 +78,17 @@ cd "$work"
 echo "$(sinfo --version), $("$python" -c 'import lightning, torch; print("lightning", lightning.__version__, "torch", torch.__version__)')"
 sinfo -h -N -o "  node %N %t"
 muybridge tiny --family wan --clips runs/tiny/clips > /dev/null 2>&1
+
+if [ "${1:-}" = limit ]; then
+    steps=300
+    batch=2
+    echo "two nodes, FSDP2, $steps updates in jobs of one minute, told to leave 25 seconds before its end"
+    limit="$(job limit many_nodes.sbatch --trainer.strategy fully_shard)"
+    timed wait_for 900 over "$limit"
+    grep -o "told to leave: saved [^;]*" "$work/limit.log" | sed 's/^/  /'
+    echo "  restarts of job: $(restarts "$limit")"
+    exit
+fi
 
 steps=200
 batch=4
