@@ -66,7 +66,9 @@ class LatentData(ClipData):
         self.buckets = self.cache.buckets
         self._sets["train"] = self._dataset(self.cache, self._plan.places)
         if self.validation is not None:
-            self._sets["validation"] = self._dataset(Cache(self.validation))
+            other = Cache(self.validation)
+            other.check_like(self.cache)
+            self._sets["validation"] = self._dataset(other)
 
     def _dataset(self, cache: Cache, places: Optional[list[int]] = None) -> CachedClips:
         sizes, captions = cache.sizes, cache.captions

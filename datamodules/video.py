@@ -227,6 +227,7 @@ class VideoData(ClipData):
         self.cache = Cache(path)
         for name, videos in self._videos.items():
             cache = self.cache if name == "train" else Cache(path / name)
+            cache.check_like(self.cache)
             cache.check_preprocessing(videos.preprocessing)
             cache.check_clips([videos.clips[place] for place in dict.fromkeys(videos.places)])
             found[name] = CachedClips(cache, videos.clips, videos.buckets, videos.bucket_of, videos.places)

@@ -109,7 +109,12 @@ def read_manifest(column: Path) -> dict[str, Any]:
 
 
 def open_column(
-    cache: str | Path, name: str, encoder: Key, preprocessing: Optional[Key] = None, **options: Any
+    cache: str | Path,
+    name: str,
+    encoder: Key,
+    preprocessing: Optional[Key] = None,
+    storage: Optional[Key] = None,
+    **options: Any,
 ) -> ShardWriter:
     """A writer into a column of a cache, new or begun by an earlier run under the same settings.
 
@@ -120,27 +125,24 @@ def open_column(
         name: One of the keys of ``COLUMNS``.
         encoder: What made the rows.
         preprocessing: What was done to a clip before.
+        storage: How the rows are kept.
         options: Further arguments of :class:`~muybridge.data.shards.ShardWriter`.
     """
     folder = Path(cache) / name
+    content = {"encoder": encoder, "preprocessing": preprocessing or {}, "storage": storage or {}}
     if (folder / "manifest.json").exists():
         manifest = read_manifest(folder)
-        check_key(Path(cache), manifest["preprocessing"], preprocessing or {})
-        check_key(Path(cache), manifest["encoder"], encoder)
+        for section, wanted in content.items():
+            check_key(Path(cache), manifest[section], wanted)
     elif folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
         raise UsageError(
             f"{folder} exists and is no cache", "a new or empty folder, or a cache", "choose another --out"
         )
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        content = {
-            "format": FORMAT,
-            "column": name,
-            "encoder": _plain(encoder),
-            "preprocessing": _plain(preprocessing or {}),
-        }
         temporary = folder / f".manifest.{os.getpid()}"
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps({"format": FORMAT, "column": name, **content}, indent=2)
+        temporary.write_text(text + "\n", encoding="utf-8")
         os.replace(temporary, folder / "manifest.json")
     sweep(folder)
     remove(folder, find_broken(folder))
@@ -267,6 +269,11 @@ class Cache:
             check_key(self.path, self.manifests["latents"]["encoder"], latents_key(backbone))
         if "text" in self.columns:
             check_key(self.path, self.manifests["text"]["encoder"], text_encoder_key(backbone))
+
+    def check_like(self, other: Cache) -> None:
+        """Refuse rows that other encoders made than those of another cache."""
+        for name in set(self.columns) & set(other.columns) & {"latents", "text"}:
+            check_key(self.path, self.manifests[name]["encoder"], other.manifests[name]["encoder"])
 
     def check_clips(self, clips: Sequence[Clip]) -> None:
         """Refuse a cache that lacks clips of a source, or holds them as their files or captions were before."""
@@ -441,25 +448,40 @@ def todo_texts(cache: str | Path, texts: Sequence[str], share: Share = Share()) 
     return [t for t in dict.fromkeys(texts) if t in share and text_key(t) not in column]
 
 
-def todo_clips(cache: str | Path, clips: Sequence[Clip], share: Share = Share()) -> list[int]:
-    """Places of this rank's clips that the latents column lacks, or holds as they were before their file or caption changed.
+def todo_clips(cache: str | Path, clips: Sequence[Clip], share: Share = Share()) -> tuple[list[int], list[int]]:
+    """Places of this rank's clips that are to be encoded, and of those of which only the caption changed.
 
-    Clips that could not be read are tried again.
+    To be encoded are clips that the latents column lacks, or holds as they were before their file changed. Clips that could not
+    be read are tried again. A clip whose file is not there at the moment stays as it is.
     """
     column = ShardReader(Path(cache) / "latents")
-    keys: dict[Path, str] = {}
-    left = []
+    keys: dict[Path, Optional[str]] = {}
+    encode, rename = [], []
     for place, clip in enumerate(clips):
         if clip.id not in share:
             continue
-        if clip.id in column:
-            source, caption, error = column.info(clip.id, "source", "caption", "error")
-            if error is None and clip.path not in keys and clip.path.is_file():
-                keys[clip.path] = content_key(clip.path)
-            if error is None and keys.get(clip.path) == source and caption == (clip.caption or ""):
-                continue
-        left.append(place)
-    return left
+        source, caption, error = (
+            column.info(clip.id, "source", "caption", "error") if clip.id in column else (None,) * 3
+        )
+        if source is None or error is not None:
+            encode.append(place)
+            continue
+        if clip.path not in keys:
+            keys[clip.path] = content_key(clip.path) if clip.path.is_file() else None
+        if keys[clip.path] not in (source, None):
+            encode.append(place)
+        elif caption != (clip.caption or ""):
+            rename.append(place)
+    return encode, rename
+
+
+def add_renamed(writer: ShardWriter, column: ShardReader, clip: Clip, position: int) -> None:
+    """Give a clip of the latents column its new caption; nothing is encoded."""
+    kept = ("frames", "height", "width", "fps", "source", "error")
+    info = dict(zip(kept, column.info(clip.id, *kept), strict=True))
+    caption = clip.caption or ""
+    hashed = text_key(caption)
+    writer.add(clip.id, column.read(clip.id), position=position, caption=caption, caption_hash=hashed, **info)
 
 
 def add_text(writer: ShardWriter, backbone: Backbone, text: str) -> None:

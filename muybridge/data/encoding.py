@@ -17,6 +17,7 @@ from muybridge.data.cache import (
     Share,
     add_bad_clip,
     add_clip,
+    add_renamed,
     add_text,
     add_unconditional,
     open_column,
@@ -70,13 +71,13 @@ class Tally:
     """What one rank did.
 
     Args:
-        texts: Texts encoded.
         clips: Clips encoded.
+        renamed: Clips that got a new caption.
         bad: Why clips could not be read, by id.
     """
 
-    texts: int = 0
     clips: int = 0
+    renamed: int = 0
     bad: dict[str, str] = field(default_factory=dict)
 
 
@@ -144,8 +145,15 @@ def encode_clips(
         shard_bytes: Size of a shard.
     """
     tally = Tally()
-    with open_column(out, "latents", latents_key(backbone), source.preprocessing, shard_bytes=shard_bytes) as writer:
-        todo = todo_clips(out, source.clips, share)
+    storage = {"dtype": str(dtype).removeprefix("torch.")}
+    with open_column(
+        out, "latents", latents_key(backbone), source.preprocessing, storage, shard_bytes=shard_bytes
+    ) as writer:
+        todo, renamed = todo_clips(out, source.clips, share)
+        column = Cache(out).latents
+        for place in renamed:
+            add_renamed(writer, column, source.clips[place], place)
+        tally.renamed = len(renamed)
         with watch("clips", len(todo)) as counter:
             for place, batch in zip(todo, read(source, todo), strict=True):
                 clip = source.clips[place]

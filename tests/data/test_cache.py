@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from support.caches import PREPROCESSING, make_cache, make_clips, pixels
 
+from datamodules.latents import LatentData
 from muybridge.backbones import load
 from muybridge.data.cache import Cache, Share, add_bad_clip, open_column, restore_texts, store_text, todo_clips
 from muybridge.data.content import content_key, latents_key, size_of_key, text_encoder_key
@@ -196,19 +198,58 @@ def test_large_files_are_told_apart_by_what_they_hold_not_by_their_dates(tmp_pat
 def test_nothing_is_encoded_twice_and_what_changed_is_encoded_anew(encoders, tmp_path: Path) -> None:
     clips = make_clips(tmp_path / "videos")
     out = make_cache(tmp_path / "cache", encoders, clips[:2])
-    assert todo_clips(out, clips) == [2, 3]
+    assert todo_clips(out, clips) == ([2, 3], [])
     make_cache(out, encoders, clips)
-    assert todo_clips(out, clips) == []
+    assert todo_clips(out, clips) == ([], [])
     clips[1].path.write_bytes(b"VIDEO 1")
-    with_caption = [*clips[:2], type(clips[2])(id="clip-2", path=clips[2].path, caption="new"), clips[3]]
-    assert todo_clips(out, with_caption) == [1, 2]
+    assert todo_clips(out, clips) == ([1], [])
+    make_cache(out, encoders, clips)
+    assert Cache(out).ids == [c.id for c in clips]
+    Cache(out).check_clips(clips)
+
+
+def test_a_new_caption_leaves_the_latents_as_they_are(encoders, tmp_path: Path) -> None:
+    clips = make_clips(tmp_path / "videos")
+    out = make_cache(tmp_path / "cache", encoders, clips)
+    before = Cache(out).clips(["clip-2"]).latents
+    clips[2] = replace(clips[2], caption="new")
+    assert todo_clips(out, clips) == ([], [2])
     with pytest.raises(UsageError, match=r"1 of 4 clips changed.*clip-2 \(its caption\)"):
-        Cache(out).check_clips(with_caption)
-    make_cache(out, encoders, with_caption)
+        Cache(out).check_clips(clips)
+    make_cache(out, encoders, clips)
     cache = Cache(out)
     assert cache.ids == [c.id for c in clips]
-    assert cache.clips(["clip-2"]).prompts == ["new"]
-    cache.check_clips(with_caption)
+    batch = cache.clips(["clip-2"])
+    assert batch.prompts == ["new"]
+    assert torch.equal(batch.latents, before)
+    assert same(batch.conditioning, encoders.encode_text(["new"]))
+    cache.check_clips(clips)
+
+
+def test_clips_whose_files_are_not_there_now_stay(encoders, tmp_path: Path) -> None:
+    """A disk that is not mounted must not empty a cache."""
+    clips = make_clips(tmp_path / "videos")
+    out = make_cache(tmp_path / "cache", encoders, clips)
+    for clip in clips:
+        clip.path.unlink()
+    assert todo_clips(out, clips) == ([], [])
+    Cache(out).check_clips(clips)
+
+
+def test_rows_kept_in_another_dtype_are_not_mixed_in(encoders, tmp_path: Path) -> None:
+    with open_column(tmp_path, "latents", latents_key(encoders), PREPROCESSING, {"dtype": "float32"}):
+        pass
+    with pytest.raises(UsageError, match="dtype is 'float32' there and 'bfloat16' here"):
+        open_column(tmp_path, "latents", latents_key(encoders), PREPROCESSING, {"dtype": "bfloat16"})
+
+
+def test_a_validation_cache_of_other_encoders_is_noticed(made: Path, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    other = load(str(tiny_checkpoint("wan")), components=("vae", "text_encoder"), max_text_length=32)
+    cache = make_cache(tmp_path / "cache", other, make_clips(tmp_path / "videos"))
+    Cache(made).check_like(Cache(made))
+    data = LatentData(str(made), str(cache))
+    with pytest.raises(UsageError, match="max_text_length is 32 there and 64 here"):
+        data.setup("fit")
 
 
 def test_a_source_that_outgrew_its_cache_is_noticed(made: Path, tmp_path: Path) -> None:
@@ -227,7 +268,7 @@ def test_a_bad_clip_is_noted_and_tried_again(encoders, tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache")
     assert cache.bad == {"clip-1": "truncated: no moov atom"}
     assert cache.ids == []
-    assert todo_clips(tmp_path / "cache", clips) == [0, 1, 2]
+    assert todo_clips(tmp_path / "cache", clips) == ([0, 1, 2], [])
     cache = Cache(make_cache(tmp_path / "cache", encoders, clips))
     assert cache.bad == {}
     assert cache.ids == [c.id for c in clips]

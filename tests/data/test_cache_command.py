@@ -268,6 +268,11 @@ def test_a_cache_under_other_settings_is_refused_by_the_command(
         assert words in capsys.readouterr().err
     assert main(["cache", "-c", config, "--out", "cache", "--data.fps=4"]) == 2
     assert "fps is None there and 4.0 here" in capsys.readouterr().err
+    assert main(["cache", "-c", config, "--out", "cache", "--dtype=bfloat16"]) == 2
+    assert "dtype is 'float32' there and 'bfloat16' here" in capsys.readouterr().err
+    assert main(["cache", "-c", config, "--out", "half", "--dtype=bfloat16"]) == 0
+    whole, half = Cache("cache").clips(["clip-000"]).latents, Cache("half").clips(["clip-000"]).latents
+    assert torch.equal(half, whole.bfloat16().float())
     assert main(["cache", "-c", config, "--out", "other", "--data.window=random"]) == 2
     assert "window is random" in capsys.readouterr().err
     write_clips(tmp_path / "videos", 4, frames=9, height=32, width=32)

@@ -8,7 +8,16 @@ import torch
 
 from muybridge.backbones.base import Backbone
 from muybridge.batch import Batch
-from muybridge.data.cache import add_clip, add_text, add_unconditional, open_column, todo_clips, todo_texts
+from muybridge.data.cache import (
+    Cache,
+    add_clip,
+    add_renamed,
+    add_text,
+    add_unconditional,
+    open_column,
+    todo_clips,
+    todo_texts,
+)
 from muybridge.data.clips import Clip
 from muybridge.data.content import latents_key, text_encoder_key
 from muybridge.diffusion.draws import keyed_noise
@@ -39,7 +48,10 @@ def make_cache(out: Path, backbone: Backbone, clips: list[Clip], **options: int)
         for text in todo_texts(out, [c.caption or "" for c in clips]):
             add_text(writer, backbone, text)
     with open_column(out, "latents", latents_key(backbone), PREPROCESSING, **options) as writer:
-        for place in todo_clips(out, clips):
+        todo, renamed = todo_clips(out, clips)
+        for place in renamed:
+            add_renamed(writer, Cache(out).latents, clips[place], place)
+        for place in todo:
             clip = clips[place]
             add_clip(writer, backbone, clip, place, Batch(ids=[clip.id], pixels=pixels(clip), fps=8.0))
     return out
