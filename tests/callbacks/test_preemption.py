@@ -27,6 +27,13 @@ DATA: dict[str, Any] = dict(size=24, batch_size=3)
 EPOCHS: dict[str, Any] = dict(max_epochs=2)
 
 
+@pytest.fixture(autouse=True)
+def outside_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the tests run, these runs are nobody's job."""
+    for name in [n for n in os.environ if n.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+
+
 class Hooks(pl.Callback):
     """Names of the hooks that come after an update."""
 

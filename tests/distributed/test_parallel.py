@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support.counting import QUIET, Numbers
+from support.jobs import finetuning, latents_for, trainer
 from support.ranks import run_ranks
 from support.strategies import Left, run, strategy
 from torch import Tensor, nn
@@ -219,6 +220,32 @@ def test_a_checkpoint_of_other_settings_is_refused_in_words(
             assert "add or remove callbacks.EMA" in message
 
 
+def validated(path: str, kind: str, root: str, ckpt_path: str) -> float:
+    module = finetuning(path)
+    runner = trainer(root, devices=int(os.environ.get("WORLD_SIZE", 1)), strategy=strategy(kind), callbacks=[EMA()])
+    data = latents_for(module, batch_size=2 if kind == "one" else 1)
+    [result] = runner.validate(module, datamodule=data, ckpt_path=ckpt_path, verbose=False)
+    return float(result["val/loss"])
+
+
+def test_a_sharded_checkpoint_validates_as_the_file_does(wan: Path, saved: Callable[..., Path], tmp_path: Path) -> None:
+    one = validated(str(wan), "one", str(tmp_path), str(saved("one", 1)))
+    assert run_ranks(validated, str(wan), "folder", str(tmp_path), str(saved("folder"))) == pytest.approx(
+        [one] * 2, abs=1e-5
+    )
+
+
+def both_experts(path: str, root: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        run(path, "folder", root)
+    return str(caught.value)
+
+
+def test_experts_that_ranks_would_run_at_different_times_are_refused(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    for message in run_ranks(both_experts, str(tiny_checkpoint("wan22")), str(tmp_path)):
+        assert "one expert a run on several ranks" in message
+
+
 # -- two optimizers ----------------------------------------------------------------------------------------------------
 
 
@@ -327,8 +354,6 @@ class Careless(pl.Callback):
 
 
 def careless(path: str, root: str, trust: bool) -> str:
-    from support.jobs import finetuning, latents_for, trainer
-
     def fit(steps: int, ckpt_path: Optional[str]) -> int:
         module = finetuning(path)
         runner = trainer(
@@ -372,8 +397,6 @@ class Killed(BaseException):
 
 def overwrite(path: str, root: str) -> list[str]:
     """Save twice under one name, and be killed between the parts of the second save."""
-    from support.jobs import finetuning, latents_for, trainer
-
     import lightning_modules.parallel as parallel
 
     module = finetuning(path)
