@@ -70,7 +70,7 @@ class DiffusionModule(pl.LightningModule, ABC):
         self._cache: Optional[Cache] = None
         # Frozen weights are absent from checkpoints on purpose; load_state_dict below checks the rest.
         self.strict_loading = False
-        # Networks stay in eval mode on purpose: dropout would make a loss depend on more than (seed, update, id), and the
+        # Networks stay in eval mode on purpose: dropout would make a loss depend on more than (seed, place, id), and the
         # few layers of these families that have any are trained without it in every recipe we know.
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
 

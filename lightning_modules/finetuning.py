@@ -42,7 +42,7 @@ class Finetuning(DiffusionModule):
         validation_quantiles: Where between clean (0) and noise (1) the validation loss is measured. They do not depend on
             ``timesteps``, and the noise is the same for every run and every checkpoint, so that curves compare.
         sampling: How ``predict`` and the ``Samples`` callback make videos.
-        seed: All randomness of training is a function of this seed, the update and the sample's id.
+        seed: All randomness of training is a function of this seed, the sample's place in the run and its id.
     """
 
     def __init__(
@@ -161,13 +161,15 @@ class Finetuning(DiffusionModule):
     def draw(self, batch: Batch, shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Noise, times and caption dropout of a training batch, on the CPU.
 
-        Keyed by (seed, update, id): the numbers are the same however the global batch is cut into ranks, micro-batches and
-        slots, and after a resume.
+        Keyed by (seed, place, id), where the place counts the samples of the run: the numbers are the same however the
+        global batch is cut into ranks, micro-batches and slots, and after a resume, and a clip that comes again (one clip
+        on many ranks, repeats, drawing with replacement) is noised anew.
         """
-        noise, u, drop, seen = [], [], [], dict[str, int]()
-        for name in batch.ids:
-            seen[name] = seen.get(name, -1) + 1
-            generator = keyed_generator(self.seed, "train", self.updates, name, seen[name])
+        ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self._trainer is not None else (1, 0)
+        noise, u, drop = [], [], []
+        for slot, name in enumerate(batch.ids):
+            # Ranks take turns in the order of an epoch, as datamodules.sampling deals it out.
+            generator = keyed_generator(self.seed, "train", self.samples_seen + slot * ranks + rank, name)
             u.append(torch.rand((), generator=generator, dtype=torch.float64))
             drop.append(torch.rand((), generator=generator) < self.caption_dropout)
             noise.append(torch.randn(tuple(shape), generator=generator))

@@ -31,20 +31,27 @@ def weights(job: torch.nn.Module) -> dict[str, Tensor]:
 # -- draws ---------------------------------------------------------------------------------------------------------
 
 
-def test_draws_depend_on_seed_update_and_id_alone(tiny_checkpoint: Tiny) -> None:
+def test_draws_depend_on_seed_place_and_id_alone(tiny_checkpoint: Tiny) -> None:
     job, shape = finetuning(tiny_checkpoint("wan")), (16, 3, 2, 2)
     together = job.draw(Batch(ids=["a", "b"], prompts=["", ""]), shape)
-    apart = [job.draw(Batch(ids=[name], prompts=[""]), shape) for name in ("b", "a")]
-    for joint, b, a in zip(together, *apart, strict=True):
+    first = job.draw(Batch(ids=["a"], prompts=[""]), shape)
+    job.samples_seen, job.updates = 1, 7
+    second = job.draw(Batch(ids=["b"], prompts=[""]), shape)
+    for joint, a, b in zip(together, first, second, strict=True):
         assert torch.equal(joint, torch.cat([a, b]))
-    job.updates = 1
-    assert not torch.equal(job.draw(Batch(ids=["a"], prompts=[""]), shape)[0], apart[1][0])
+    assert not torch.equal(job.draw(Batch(ids=["a"], prompts=[""]), shape)[0], first[0])
+    assert not torch.equal(
+        finetuning(tiny_checkpoint("wan"), seed=1).draw(Batch(ids=["a"], prompts=[""]), shape)[0], first[0]
+    )
 
 
-def test_a_clip_twice_in_a_batch_is_noised_twice(tiny_checkpoint: Tiny) -> None:
-    noise, t, _ = finetuning(tiny_checkpoint("wan")).draw(Batch(ids=["a", "a"], prompts=["", ""]), (2, 2, 2, 2))
-    assert not torch.equal(noise[0], noise[1])
-    assert t[0] != t[1]
+def test_a_clip_that_comes_again_is_noised_anew(tiny_checkpoint: Tiny) -> None:
+    job, noises = finetuning(tiny_checkpoint("wan")), []
+    # One clip in two slots, then in two further micro-batches of the same update.
+    for size in (2, 1, 1):
+        noises.extend(job.draw(Batch(ids=["a"] * size, prompts=[""] * size), (2, 2, 2, 2))[0])
+        job.samples_seen += size
+    assert len({tuple(n.flatten().tolist()) for n in noises}) == 4
 
 
 def test_caption_dropout_has_its_share(tiny_checkpoint: Tiny) -> None:
