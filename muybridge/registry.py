@@ -33,6 +33,7 @@ DATAMODULES: dict[str, str] = {
     "PromptData": "datamodules.prompts",
     "LatentData": "datamodules.latents",
     "TrajectoryData": "datamodules.trajectories",
+    "ProvingGroundData": "datamodules.proving_ground",
 }
 
 CALLBACKS: dict[str, str] = {
@@ -69,6 +70,7 @@ VERBS: dict[str, Verb] = {
     "consolidate": Verb("turn a sharded checkpoint folder into one file", "tool"),
     "demo": Verb("a first run from nothing: fit, predict and export a tiny model on toy clips", "tool"),
     "tiny": Verb("write a tiny checkpoint with random weights, or toy clips, to try things on", "tool"),
+    "proving-ground": Verb("write clips of ten motions whose law, flow and tracks are known", "tool"),
     "list": Verb("list what ships: verbs, backbones, losses, modules, datamodules, callbacks, tiny, configs", "tool"),
 }
 """Name of every verb; those of Lightning are methods of its Trainer, the others live in ``muybridge/cli/verbs``."""
