@@ -351,12 +351,11 @@ class Cache:
             text: Give their text embeddings too.
         """
         captions, rates = zip(*(self.latents.info(i, "caption", "fps") for i in ids), strict=True)
-        names = [text_key(caption) for caption in captions]
         return Batch(
             ids=list(ids),
             latents=_stack([self.latents.read(i)["latents"] for i in ids], ids),
             prompts=list(captions),
-            conditioning=self._conditionings(names) if text else None,
+            conditioning=self._conditionings([text_key(caption) for caption in captions]) if text else None,
             weights=_stack([self.weights.read(i)["weights"] for i in ids], ids) if weights else None,
             fps=rates[0] if max(rates) - min(rates) <= 0.01 * rates[0] else None,
         )
@@ -412,8 +411,8 @@ def _padded(values: Sequence[Tensor], pad: bool) -> Tensor:
 
 def _stack(values: Sequence[Tensor], ids: Sequence[str]) -> Tensor:
     """Tensors of one shape as a batch in float32, whatever they are kept in."""
-    shapes = {tuple(v.shape): name for v, name in zip(values, ids, strict=True)}
-    if len(shapes) > 1:
+    if len({v.shape for v in values}) > 1:
+        shapes = {tuple(v.shape): name for v, name in zip(values, ids, strict=True)}
         said = ", ".join(f"{list(shape)} ({name})" for shape, name in shapes.items())
         raise UsageError(f"clips of {len(shapes)} shapes in one batch: {said}", "one shape a batch")
     return torch.stack(list(values)).float()
