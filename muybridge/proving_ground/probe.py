@@ -25,12 +25,12 @@ class Leak(NamedTuple):
     Args:
         accuracy: Share of unseen frames whose motion it named.
         bound: Upper end of the one-sided 95 % confidence interval (Wilson's) of that share.
-        count: How many frames there were.
+        clips: How many there were.
     """
 
     accuracy: float
     bound: float
-    count: int
+    clips: int
 
 
 def silhouette(images: Frames) -> np.ndarray:
@@ -45,9 +45,8 @@ def silhouette(images: Frames) -> np.ndarray:
     xx, yy = (columns * dx**2).sum(1) / total, (rows * dy**2).sum(1) / total
     xy = np.einsum("nhw,nw,nh->n", weight, dx, dy) / total
     spread, area = np.log(xx + yy + 1e-6), np.log(total)
-    solid = weight > 0.5
-    sides = []
-    for line in (solid.any(1), solid.any(2)):
+    sides: list[np.ndarray] = []
+    for line in (weight.max(1) > 0.5, weight.max(2) > 0.5):
         sides += [line.argmax(1) / line.shape[1], 1.0 - line[:, ::-1].argmax(1) / line.shape[1]]
     box = np.maximum((sides[1] - sides[0]) * (sides[3] - sides[2]), 1e-3)
     fill = total / (height * width) / box
@@ -90,7 +89,7 @@ def probe(images: Frames, labels: np.ndarray, sees: Sees = "silhouette", hidden:
     for _ in range(epochs):
         for batch in torch.randperm(half, generator=generator).split(128):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(net(given[batch]), answers[batch]).backward()  # type: ignore[no-untyped-call]
+            nn.functional.cross_entropy(net(given[batch]), answers[batch]).backward()
             optimizer.step()
     with torch.no_grad():
         right = (net(given[half:]).argmax(1) == answers[half:]).double()
