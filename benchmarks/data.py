@@ -91,7 +91,7 @@ def generate(folder: Path, count: int = 2, frames: int = 120) -> None:
     for number in range(count):
         coarse = rng.integers(0, 256, (70, 120, 3), dtype=np.uint8)
         ground = cv2.resize(coarse, (1100, 640), interpolation=cv2.INTER_CUBIC)
-        ground = cv2.addWeighted(ground, 0.8, rng.integers(0, 256, (640, 1100, 3), dtype=np.uint8), 0.2, 0)
+        ground = cv2.addWeighted(ground, 0.9, rng.integers(0, 256, (640, 1100, 3), dtype=np.uint8), 0.1, 0)
         with av.open(str(folder / f"generated-{number}.mp4"), "w") as container:
             stream: Any = container.add_stream("libx264", rate=24)
             stream.height, stream.width, stream.pix_fmt = 480, 854, "yuv420p"
@@ -412,7 +412,8 @@ def write(report: dict[str, Any], out: Path) -> None:
         f"{made['python']}; {', '.join(f'{k} {v}' for k, v in made['versions'].items())}; load before {made['load before']}.",
         "",
         f"Decoding: clips of {FRAMES} frames, {HEIGHT}x{WIDTH}, out of {', '.join(report['files'])}; one decoding thread a "
-        f"process; {report['rounds']} rounds (with workers two fewer), in turns. All give the same float tensors, but for the row that says otherwise. "
+        f"process; {report['rounds']} rounds (with workers two fewer), in turns. All give the same float tensors, but for the "
+        "row that says otherwise. "
         "The bare loops are told frames and sizes beforehand; ours looks into every file anew.",
         "",
     ]
