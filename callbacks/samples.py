@@ -42,16 +42,20 @@ class Samples(BasePredictionWriter):
         self.prompts, self.every, self.at_start = list(prompts), every, at_start
         self.dirpath, self.format = dirpath, format
         self._last = -1
+        self._root = Path()
 
-    def folder(self, trainer: pl.Trainer, name: str) -> Path:
-        """Where this run's files of one kind go."""
-        return Path(self.dirpath or trainer.log_dir or trainer.default_root_dir) / name
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Settle where files go, on all ranks together: the first one tells the others the run's folder."""
+        super().setup(trainer, pl_module, stage)
+        folder = trainer.log_dir or trainer.default_root_dir
+        self._root = Path(self.dirpath or folder)
 
     def write(self, folder: Path, ids: Sequence[str], pixels: Tensor, fps: float) -> list[Any]:
-        """One file per clip; returns the frames."""
+        """One file per clip, below ``folder`` as the clip's id says; returns the frames."""
         clips = [to_frames(clip) for clip in pixels]
         for name, clip in zip(ids, clips, strict=True):
-            path = folder / f"{name.replace('/', '_')}.{self.format}"
+            inside = [part for part in name.split("/") if part not in ("", ".", "..")]
+            path = folder.joinpath(*inside[:-1], f"{inside[-1]}.{self.format}")
             write_gif(path, clip, fps) if self.format == "gif" else write_video(path, clip, fps)
         return clips
 
@@ -68,15 +72,22 @@ class Samples(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Write what ``predict_step`` made."""
-        folder = self.folder(trainer, "predictions")
-        self.write(folder, batch.ids, prediction, pl_module.sampling.fps)
+        folder = self._root / "predictions"
+        # Slots that only fill a rank's last batch are another rank's clips.
+        there = [i for i in range(len(batch)) if batch.present is None or bool(batch.present[i])]
+        self.write(folder, [batch.ids[i] for i in there], prediction[there], pl_module.sampling.fps)
         if batch_idx == 0:
             rank_zero_info(f"videos go to {folder}")
 
     # -- training --------------------------------------------------------------------------------------------------
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Refuse prompts that nothing can encode now, rather than at the first sampling."""
+        if self.prompts:
+            pl_module.check_prompts(self.prompts, pl_module.sampling)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Check that there is something to do, and sample the untouched model where asked."""
+        """Sample the untouched model where asked."""
         if self.prompts and self.at_start and pl_module.updates == 0:
             self._sample(trainer, pl_module)
 
@@ -95,7 +106,7 @@ class Samples(BasePredictionWriter):
             pixels = module.make_videos(Batch(ids=ids, prompts=self.prompts), sampling, on_step)
         if not trainer.is_global_zero:
             return
-        folder = self.folder(trainer, "samples") / f"update-{module.updates:07d}"
+        folder = self._root / "samples" / f"update-{module.updates:07d}"
         clips = self.write(folder, ids, pixels, sampling.fps)
         sheet = contact_sheet(clips)
         write_image(folder / "sheet.png", sheet)

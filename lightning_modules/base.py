@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -21,7 +22,7 @@ from muybridge.backbones.base import Backbone
 from muybridge.batch import Batch
 from muybridge.data.cache import Cache
 from muybridge.diffusion.conditioning import Conditioning
-from muybridge.diffusion.draws import keyed_noise
+from muybridge.diffusion.draws import keyed_generator, keyed_noise
 from muybridge.errors import UsageError
 
 
@@ -66,7 +67,7 @@ class DiffusionModule(pl.LightningModule, ABC):
         self.average: Optional[WeightAverage] = None
         # Set by callbacks.EMA before configure_model runs, because the buffers must exist before the strategy sets up.
         self.average_requested = False
-        self._texts: dict[str, Conditioning] = {}
+        self._texts = TextMemory()
         self._cache: Optional[Cache] = None
         # Frozen weights are absent from checkpoints on purpose; load_state_dict below checks the rest.
         self.strict_loading = False
@@ -88,6 +89,9 @@ class DiffusionModule(pl.LightningModule, ABC):
     def prepare(self) -> None:
         """Inject adapters, freeze; called once, after loading and before sharding."""
 
+    def check_text(self) -> None:
+        """Refuse a job that will want a text it can't have; called once caches are known, before weights load."""
+
     @property
     @abstractmethod
     def sampled(self) -> Backbone:
@@ -106,6 +110,14 @@ class DiffusionModule(pl.LightningModule, ABC):
         for clip in getattr(data, "clip_sizes", [one] if one is not None else []):
             self.sampled.check_clip(*clip)
         self.check()
+        self.check_text()
+        precision = str(getattr(self._trainer, "precision", "32-true"))
+        if precision.endswith("-true") and precision not in ("32-true", "64-true"):
+            raise UsageError(
+                f"trainer.precision is {precision}, which turns all weights and batches to 16 bits",
+                "bf16-mixed: the same arithmetic, with weights and losses in float32",
+                "for a smaller frozen base set the backbone's dtype to bfloat16",
+            )
         for role, backbone in roles.items():
             if "denoiser" not in backbone.components:
                 raise UsageError(
@@ -227,15 +239,38 @@ class DiffusionModule(pl.LightningModule, ABC):
             raise UsageError(
                 "a batch with neither prompts nor text embeddings", "one of them", "give the clips captions"
             )
-        new = list(dict.fromkeys(p for p in batch.prompts if p not in self._texts))
-        if self._cache is not None:
-            self._texts.update({p: self._cache.text(p) for p in new if self._cache.has_text(p)})
-            new = [p for p in new if p not in self._texts]
-        if new:
-            encoded = backbone.encode_text(new)
-            for i, prompt in enumerate(new):
-                self._texts[prompt] = encoded[i].to("cpu")
-        return Conditioning.cat([self._texts[p] for p in batch.prompts]).to(backbone.device)
+        known: dict[str, Conditioning] = {}
+        missing = []
+        for prompt in dict.fromkeys(batch.prompts):
+            found = self._texts.get(prompt)
+            if found is None and self._cache is not None and self._cache.has_text(prompt):
+                found = self._cache.text(prompt)
+            if found is None:
+                missing.append(prompt)
+            else:
+                known[prompt] = found
+        if missing:
+            encoded = backbone.encode_text(missing)
+            for i, prompt in enumerate(missing):
+                known[prompt] = encoded[i].to("cpu")
+                self._texts.put(prompt, known[prompt])
+        return Conditioning.cat([known[p] for p in batch.prompts]).to(backbone.device)
+
+    def can_encode(self, backbone: Backbone, prompt: str) -> bool:
+        """Whether a prompt's conditioning is to be had: from a text encoder, from a cache, or given beforehand."""
+        cached = self._cache is not None and self._cache.has_text(prompt)
+        return "text_encoder" in backbone.components or cached or prompt in backbone.given_texts
+
+    def check_prompts(self, prompts: Sequence[str], sampling: Sampling) -> None:
+        """Refuse to promise videos of prompts that nothing can encode."""
+        branch = [sampling.negative_prompt] if sampling.guidance != 1.0 else []
+        lost = [p for p in (*prompts, *branch) if not self.can_encode(self.sampled, p)]
+        if lost:
+            raise UsageError(
+                f"videos are asked for of prompts that no text encoder and no cache gives, first {lost[0]!r}",
+                "a text encoder, or these prompts in the cache",
+                "add text_encoder to the backbone's components, or take the prompts from the cached captions",
+            )
 
     def averaged(self) -> AbstractContextManager[Any]:
         """Inside it the averaged weights are in place, where the run keeps an average."""
@@ -257,19 +292,52 @@ class DiffusionModule(pl.LightningModule, ABC):
         backbone = self.sampled
         conditioning = self.text(batch, backbone)
         empty = None if sampling.guidance == 1.0 else backbone.unconditional(sampling.negative_prompt)
-        training = backbone.training
+        modes = [(module, module.training) for module in backbone.modules()]
         backbone.eval()
-        latents = backbone.sample(
-            self.noise_for(batch.ids, sampling),
-            conditioning,
-            steps=sampling.steps,
-            guidance=sampling.guidance,
-            unconditional=empty,
-            generator=torch.Generator().manual_seed(sampling.seed),
-            on_step=on_step,
-        )
-        backbone.train(training)
+        try:
+            latents = backbone.sample(
+                self.noise_for(batch.ids, sampling),
+                conditioning,
+                steps=sampling.steps,
+                guidance=sampling.guidance,
+                unconditional=empty,
+                generator=[keyed_generator(sampling.seed, "sampler", name) for name in batch.ids],
+                on_step=on_step,
+            )
+        finally:
+            for module, mode in modes:
+                module.training = mode
         return backbone.decode(latents)
+
+
+class TextMemory:
+    """The prompts used last, encoded, on the CPU; a long prompt of a large encoder takes megabytes.
+
+    Args:
+        limit: Bytes kept.
+    """
+
+    def __init__(self, limit: int = 2**30) -> None:
+        self.limit, self.size = limit, 0
+        self._kept: OrderedDict[str, Conditioning] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, prompt: str) -> Optional[Conditioning]:
+        """A prompt's conditioning, if it is still here."""
+        found = self._kept.get(prompt)
+        if found is not None:
+            self._kept.move_to_end(prompt)
+        return found
+
+    def put(self, prompt: str, conditioning: Conditioning) -> None:
+        """Keep one, and forget those not used for longest."""
+        self._kept[prompt] = conditioning
+        self.size += conditioning.nbytes
+        while self.size > self.limit and len(self._kept) > 1:
+            _, old = self._kept.popitem(last=False)
+            self.size -= old.nbytes
 
 
 def check_weights(given: set[str], wanted: set[str], job: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Optional
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_modules.base import DiffusionModule, Sampling, freeze
@@ -22,6 +23,9 @@ from muybridge.diffusion.timesteps import TimestepSampler, Uniform
 from muybridge.errors import UsageError
 from muybridge.export import export_adapter, export_pipeline
 from muybridge.losses import Loss
+
+MAX_SKIPPED = 20
+"""After so many updates in a row without a finite gradient a run has diverged."""
 
 
 class Finetuning(DiffusionModule):
@@ -87,6 +91,8 @@ class Finetuning(DiffusionModule):
         self.validation_quantiles = list(validation_quantiles)
         self.sampling = sampling
         self.seed = seed
+        self._skipped_in_a_row = 0
+        self._sums: dict[float, Tensor] = {}
 
     # -- setting up ------------------------------------------------------------------------------------------------
 
@@ -117,6 +123,14 @@ class Finetuning(DiffusionModule):
                 )
         if self.trainable is not None:
             check_trainable(self.backbone, self.trainable)
+
+    def check_text(self) -> None:
+        if self.caption_dropout > 0 and not self.can_encode(self.backbone, ""):
+            raise UsageError(
+                f"caption_dropout is {self.caption_dropout}, and neither a text encoder nor a cache gives the empty caption",
+                "one of them",
+                "add text_encoder to the backbone's components, train from a muybridge cache, or set caption_dropout to 0",
+            )
 
     def prepare(self) -> None:
         if self.adapter is not None:
@@ -176,8 +190,8 @@ class Finetuning(DiffusionModule):
         t = self.timesteps.quantile(torch.stack(u), self.backbone.schedule)
         return torch.stack(noise), t, torch.stack(drop)
 
-    def losses_of(self, step: DenoisingStep, present: Optional[Tensor] = None) -> dict[str, Tensor]:
-        """Every loss by name, averaged over the samples that are there."""
+    def losses_of(self, step: DenoisingStep) -> dict[str, Tensor]:
+        """Every loss by name, one number per sample."""
         values = {}
         for name, loss in zip(self.loss_names, self.losses, strict=True):
             value = loss(step)
@@ -187,13 +201,12 @@ class Finetuning(DiffusionModule):
                     f"one number per sample, ({step.clean.shape[0]},)",
                     "reduce over everything but the batch: muybridge.losses.per_sample does",
                 )
-            # A skipped clip is multiplied away rather than cut out, so that its rank still runs the same backward.
-            values[name] = value.mean() if present is None else (value * present).sum() / present.sum().clamp(min=1)
+            values[name] = value
         return values
 
     def total(self, values: dict[str, Tensor]) -> Tensor:
-        """The weighted sum of the losses."""
-        return torch.stack([w * values[n] for n, w in zip(self.loss_names, self.loss_weights, strict=True)]).sum()
+        """The weighted sum of the losses, one number per sample."""
+        return torch.stack([w * values[n] for n, w in zip(self.loss_names, self.loss_weights, strict=True)]).sum(0)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One micro-batch."""
@@ -201,50 +214,101 @@ class Finetuning(DiffusionModule):
         text = self.text(batch, self.backbone)
         noise, t, drop = (x.to(clean.device) for x in self.draw(batch, clean.shape[1:]))
         if bool(drop.any()):
-            text = Conditioning.where(~drop, text, self.backbone.unconditional().to(clean.device))
-        values = self.losses_of(self.noised_forward(clean, noise, t, text, batch), batch.present)
-        loss = self.total(values)
+            empty = self.backbone.pair_unconditional(text, self.backbone.unconditional().to(clean.device))
+            text = Conditioning.where(~drop, text, empty)
+        values = self.losses_of(self.noised_forward(clean, noise, t, text, batch))
+        share = self.share_of_batch(batch)
+        loss = present_sum(self.total(values), batch.present) / share
         size = len(batch)
         self.samples_seen += size * self.trainer.world_size
         self.log("train/loss", loss, prog_bar=True, batch_size=size, sync_dist=True)
         if len(values) > 1:
-            self.log_dict({f"train/{n}": v for n, v in values.items()}, batch_size=size, sync_dist=True)
+            means = {f"train/{n}": present_sum(v, batch.present) / share for n, v in values.items()}
+            self.log_dict(means, batch_size=size, sync_dist=True)
         return loss
 
+    def share_of_batch(self, batch: Batch) -> Tensor:
+        """Samples that are there, over all ranks, per rank.
+
+        Strategies average gradients over ranks; dividing by this rather than by the rank's own count makes that the mean
+        over the samples, also where clips were skipped on one rank alone. All ranks call it together.
+        """
+        count = torch.tensor(float(len(batch)), device=self.device)
+        if batch.present is not None:
+            count = batch.present.sum().to(self.device, torch.float32)
+        share = self.trainer.strategy.reduce(count, reduce_op="mean")
+        return share if float(share) > 0 else torch.ones_like(count)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """The gradient norm, before clipping."""
+        """The gradient norm, before clipping; an update that is not finite is skipped, on all ranks."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         self.log("train/grad_norm", norm)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
+        if bool(torch.isfinite(norm)):
+            self._skipped_in_a_row = 0
+            return
+        # The norm is that of the whole gradient on every rank, so that all of them skip.
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= MAX_SKIPPED:
+            raise UsageError(
+                f"the gradient was not finite in {MAX_SKIPPED} updates in a row, the last number {self.updates}",
+                "a run that has not diverged",
+                "go on from an earlier checkpoint with a smaller learning rate, or with trainer.gradient_clip_val",
+            )
+        rank_zero_warn(f"update {self.updates}: the gradient is not finite, its step is skipped")
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin a measurement."""
+        self._sums.clear()
+
+    def on_test_epoch_start(self) -> None:
+        """Begin a measurement."""
+        self._sums.clear()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The losses at fixed noise and fixed times."""
-        self._measure(batch, "val")
+        self._measure(batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """As validation, under ``test/``."""
-        self._measure(batch, "test")
+        self._measure(batch)
 
-    def _measure(self, batch: Batch, stage: str) -> None:
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all samples of all ranks."""
+        self._log_measured("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means over all samples of all ranks."""
+        self._log_measured("test")
+
+    def _measure(self, batch: Batch) -> None:
         clean, size = self.clean_latents(batch, self.backbone), len(batch)
         text = self.text(batch, self.backbone)
         shape = tuple(clean.shape[1:])
         everything = Uniform()
-        sums: list[Tensor] = []
+        count = torch.tensor(float(size)) if batch.present is None else batch.present.sum()
         for q in self.validation_quantiles:
             noise = torch.stack(
                 [torch.randn(shape, generator=keyed_generator(0, "validation", name, str(q))) for name in batch.ids]
             )
             t = everything.quantile(torch.full((size,), q), self.backbone.schedule).to(clean.device)
-            loss = self.total(
-                self.losses_of(self.noised_forward(clean, noise.to(clean), t, text, batch), batch.present)
-            )
-            self.log(f"{stage}/loss_t{1000 * q:03.0f}", loss, batch_size=size, sync_dist=True)
-            sums.append(loss)
-        mean = torch.stack(sums).mean()
-        self.log(f"{stage}/loss", mean, prog_bar=True, batch_size=size, sync_dist=True)
+            values = self.total(self.losses_of(self.noised_forward(clean, noise.to(clean), t, text, batch)))
+            total = torch.stack([present_sum(values, batch.present).double(), count.to(values.device).double()])
+            self._sums[q] = self._sums.get(q, torch.zeros_like(total)) + total
+
+    def _log_measured(self, stage: str) -> None:
+        """Sums and counts are added up over ranks, since these may hold different numbers of samples."""
+        if not self._sums:
+            return
+        sums = self.trainer.strategy.reduce(torch.stack(list(self._sums.values())), reduce_op="sum")
+        means = (sums[:, 0] / sums[:, 1]).float()
+        for q, mean in zip(self._sums, means, strict=True):
+            self.log(f"{stage}/loss_t{1000 * q:03.0f}", mean)
+        self.log(f"{stage}/loss", means.mean(), prog_bar=True)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Videos of the batch's prompts; the ``Samples`` callback writes them."""
@@ -261,6 +325,14 @@ class Finetuning(DiffusionModule):
             if self.adapter is not None:
                 return [str(p) for p in export_adapter(self.backbone, out)]
             return [str(export_pipeline(self.backbone, out))]
+
+
+def present_sum(values: Tensor, present: Optional[Tensor]) -> Tensor:
+    """The sum over the samples that are there.
+
+    A skipped clip is blanked rather than cut out, so that its rank still runs the same backward.
+    """
+    return values.sum() if present is None else torch.where(present, values, torch.zeros_like(values)).sum()
 
 
 def check_trainable(backbone: Backbone, trainable: str) -> None:

@@ -342,6 +342,11 @@ class Backbone(nn.Module, ABC):
             self._empty_text[negative_prompt] = self.encode_text([negative_prompt])
         return self._empty_text[negative_prompt]
 
+    @property
+    def given_texts(self) -> set[str]:
+        """Prompts of the unconditional branch that need no text encoder any more."""
+        return set(self._empty_text)
+
     def give_unconditional(self, conditioning: Conditioning, negative_prompt: str = "") -> None:
         """Let this be the unconditional branch, rather than what the text encoder would make (a cache holds it)."""
         self._empty_text[negative_prompt] = conditioning
@@ -412,7 +417,7 @@ class Backbone(nn.Module, ABC):
         """Give a scheduler its timesteps; families whose pipelines list their own noise levels do it here."""
         scheduler.set_timesteps(steps, device=latents.device)
 
-    def _scheduler_step(self, generator: Optional[torch.Generator]) -> samplers.SchedulerStep:
+    def _scheduler_step(self, generator: Optional[samplers.Generators]) -> samplers.SchedulerStep:
         """How one step of the family's scheduler is taken; a fresh one per sampling run, since it may hold state."""
         return functools.partial(samplers.plain_step, generator=generator)
 
@@ -449,7 +454,7 @@ class Backbone(nn.Module, ABC):
         steps: int | Sequence[float] = 50,
         guidance: float = 1.0,
         unconditional: Optional[Conditioning] = None,
-        generator: Optional[torch.Generator] = None,
+        generator: Optional[samplers.Generators] = None,
         on_step: Optional[samplers.OnStep] = None,
     ) -> Tensor:
         """Latents from noise.

@@ -110,7 +110,7 @@ class CogVideoX(Backbone):
         )
         return Conditioning(text)
 
-    def _scheduler_step(self, generator: Optional[torch.Generator]) -> samplers.SchedulerStep:
+    def _scheduler_step(self, generator: Optional[samplers.Generators]) -> samplers.SchedulerStep:
         if self.checkpoint.class_of("scheduler") != "CogVideoXDPMScheduler":
             return super()._scheduler_step(generator)
         old_x0: Optional[Tensor] = None

@@ -127,7 +127,7 @@ def check_lora(backbone: Backbone, lora: LoRA) -> dict[str, list[str]]:
     chosen = []
     for name in lora.networks or present:
         low, high = _working_range(backbone, name)
-        if t_min < high and t_max >= low:
+        if t_min < high and t_max > low:
             chosen.append(name)
         elif lora.networks:
             raise UsageError(

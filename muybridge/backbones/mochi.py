@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar, Literal, Optional
 
-import torch
 from torch import Tensor
 
 from muybridge.backbones.base import Backbone
@@ -92,6 +91,6 @@ class Mochi(Backbone):
     def _scheduler_time(self, label: Tensor) -> Tensor:
         return T_MAX - label
 
-    def _scheduler_step(self, generator: Optional[torch.Generator]) -> samplers.SchedulerStep:
+    def _scheduler_step(self, generator: Optional[samplers.Generators]) -> samplers.SchedulerStep:
         plain = super()._scheduler_step(generator)
         return lambda scheduler, prediction, timestep, latents: plain(scheduler, -prediction, timestep, latents)

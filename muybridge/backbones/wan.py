@@ -50,7 +50,7 @@ class Wan(Backbone):
         boundary = self.expert_boundary
         if boundary is None:
             return self._present_networks()
-        return [name for name, works in (("transformer", high >= boundary), ("transformer_2", low < boundary)) if works]
+        return [name for name, works in (("transformer", high > boundary), ("transformer_2", low < boundary)) if works]
 
     def _forward(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         boundary = self.expert_boundary

@@ -31,6 +31,11 @@ class Conditioning:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: function(v) for k, v in values.items() if v is not None})  # type: ignore[operator]
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of all its tensors."""
+        return sum(v.nbytes for f in fields(self) if (v := getattr(self, f.name)) is not None)
+
     def to(self, *args: object, **kwargs: object) -> Conditioning:
         """A copy moved like ``Tensor.to``; a dtype touches floating tensors only, so a mask stays boolean."""
         device_only = {k: v for k, v in kwargs.items() if k != "dtype"}

@@ -43,13 +43,26 @@ def check_steps(steps: Sequence[float]) -> list[float]:
     return values
 
 
+Generators = torch.Generator | list[torch.Generator]
+"""One source of fresh noise for a batch, or one for each sample, which then does not depend on its batch."""
+
+
+def fresh_noise(like: Tensor, generator: Optional[Generators]) -> Tensor:
+    """Standard normal noise in the shape of ``like``, drawn on the CPU."""
+    if isinstance(generator, list):
+        drawn = torch.stack([torch.randn(like.shape[1:], generator=g) for g in generator])
+    else:
+        drawn = torch.randn(like.shape, generator=generator)
+    return drawn.to(like)
+
+
 @torch.no_grad()
 def few_step(
     denoise: Denoiser,
     noise: Tensor,
     schedule: NoiseSchedule,
     steps: Sequence[float],
-    generator: Optional[torch.Generator] = None,
+    generator: Optional[Generators] = None,
     on_step: Optional[OnStep] = None,
 ) -> Tensor:
     """The re-noising sampler of few-step students: estimate ``x̂0``, add fresh noise for the next time, repeat.
@@ -60,7 +73,7 @@ def few_step(
             terminal SNR this is nearly what the last training step was given.
         schedule: The family's schedule.
         steps: Falling times, see :func:`check_steps`.
-        generator: Source of the fresh noises, on the CPU.
+        generator: Source of the fresh noises, on the CPU; a list has one for each sample.
         on_step: Called after every step with the clean estimate.
     """
     times = check_steps(steps)
@@ -68,8 +81,7 @@ def few_step(
     for i, time in enumerate(times):
         t = schedule.snap(torch.full((noise.shape[0],), time, device=noise.device))
         if i:
-            fresh = torch.randn(noise.shape, generator=generator).to(noise)
-            z = schedule.add_noise(x0, fresh, t)
+            z = schedule.add_noise(x0, fresh_noise(noise, generator), t)
         x0 = schedule.to_x0(denoise(z, t), z, t).to(noise.dtype)
         if on_step is not None:
             on_step(i, len(times), time, x0)
@@ -77,7 +89,7 @@ def few_step(
 
 
 def plain_step(
-    scheduler: Any, prediction: Tensor, timestep: Tensor, latents: Tensor, generator: Optional[torch.Generator] = None
+    scheduler: Any, prediction: Tensor, timestep: Tensor, latents: Tensor, generator: Optional[Generators] = None
 ) -> Tensor:
     """One step of a diffusers scheduler; those that draw noise draw it from ``generator``."""
     extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from muybridge.diffusion.boundaries import Boundary
-from muybridge.diffusion.schedules import T_MAX, NoiseSchedule, shift_level, unshift_level
+from muybridge.diffusion.schedules import T_MAX, FlowSchedule, NoiseSchedule, shift_level, unshift_level
 from muybridge.errors import UsageError
 
 
@@ -59,6 +59,9 @@ class TimestepSampler(ABC):
             t = t.clamp(*self.clamp)
         # Rounding must not leave the range, or a gated adapter would be trained where it is never applied.
         first, last = self._known_ends(low, high, schedule)
+        if isinstance(schedule, FlowSchedule) and high < T_MAX:
+            # A continuous range ends below its upper end: at the boundary of two experts the other one begins.
+            last = float(torch.nextafter(torch.tensor(last), torch.tensor(first)))
         return schedule.settle(t.float()).clamp(first, last)
 
     def _known_ends(self, low: float, high: float, schedule: NoiseSchedule) -> tuple[float, float]:

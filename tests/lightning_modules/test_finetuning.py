@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import av
+import lightning.pytorch as pl
 import pytest
 import torch
 from support.jobs import SHAPES, finetuning, latents_for, trainer
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from callbacks.ema import EMA
 from callbacks.samples import Samples
 from datamodules.collate import collate
-from muybridge.backbones import load
+from lightning_modules import Sampling
+from lightning_modules.base import TextMemory
+from lightning_modules.finetuning import present_sum
+from muybridge.backbones import Pretrained, load
 from muybridge.backbones.adapters import LoRA
 from muybridge.batch import Batch
-from muybridge.diffusion import Boundary, Uniform
+from muybridge.diffusion import Boundary, Conditioning, DenoisingStep, Uniform
 from muybridge.errors import UsageError
 from muybridge.losses import Denoising, Loss
 
@@ -118,10 +124,50 @@ def test_a_skipped_clip_counts_for_nothing(tiny_checkpoint: Tiny) -> None:
         clean = batch.latents
         noise, t, _ = job.draw(batch, clean.shape[1:])
         step = job.noised_forward(clean, noise, t, job.text(batch, job.backbone), batch)
-        return job.total(job.losses_of(step, batch.present))
+        return present_sum(job.total(job.losses_of(step)), batch.present)
 
     torch.testing.assert_close(loss(collate([one, missing])), loss(one))
     assert loss(missing).item() == 0.0
+
+
+def test_skipped_clips_leave_the_validation_loss_of_the_others(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    def measure(keep: list[int], size: int) -> float:
+        job = finetuning(tiny_checkpoint("wan"))
+        clips = [latents_for(job).train_dataset()[i] for i in range(3)]
+        marked = [replace(c, present=torch.tensor([i in keep])) for i, c in enumerate(clips)]
+        loader = DataLoader(marked, batch_size=size, collate_fn=collate)  # type: ignore[arg-type]
+        return trainer(tmp_path).validate(job, loader, verbose=False)[0]["val/loss"]
+
+    values = [measure([0, 2], size) for size in (1, 2, 3)]
+    assert values == pytest.approx([values[0]] * 3, rel=1e-5)
+    both = (measure([0], 1) + measure([2], 1)) / 2
+    assert values[0] == pytest.approx(both, rel=1e-5)
+
+
+class Poison(Loss):
+    """The plain loss, but not a number at one update."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at, self.calls = at, 0
+
+    def forward(self, step: DenoisingStep) -> Tensor:
+        self.calls += 1
+        return Denoising()(step) * (float("nan") if self.calls == self.at else 1.0)
+
+
+def test_an_update_without_a_finite_gradient_is_skipped(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    job = finetuning(tiny_checkpoint("wan"), losses=[Poison(at=2)])
+    job.configure_model()
+    seen = []
+    watch = pl.Callback()
+    watch.on_train_batch_end = lambda *_: seen.append(weights(job))  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match="not finite"):
+        trainer(tmp_path, max_steps=3, callbacks=[watch]).fit(job, latents_for(job))
+    first, second, third = seen
+    assert all(torch.equal(first[n], second[n]) for n in first)
+    assert any(not torch.equal(second[n], third[n]) for n in first)
+    assert all(bool(torch.isfinite(p).all()) for p in third.values())
 
 
 # -- what is trained and saved -------------------------------------------------------------------------------------
@@ -192,11 +238,17 @@ def test_an_adapter_with_a_range_is_trained_inside_it_and_measured_everywhere(
     assert after["val/loss_t900"] != base["val/loss_t900"]
 
 
-def test_an_experts_range_trains_that_expert_alone(tiny_checkpoint: Tiny) -> None:
-    job = finetuning(tiny_checkpoint("wan22"), "wan22", timesteps=Uniform(low=Boundary(875.0)))
+@pytest.mark.parametrize(
+    ("times", "expert"),
+    [(Uniform(low=Boundary(875.0)), "transformer"), (Uniform(high=Boundary(875.0)), "transformer_2")],
+)
+def test_an_experts_range_trains_that_expert_alone(tiny_checkpoint: Tiny, times: Uniform, expert: str) -> None:
+    job = finetuning(tiny_checkpoint("wan22"), "wan22", timesteps=times)
     job.configure_model()
     trained = {n.split(".")[2] for n, p in job.named_parameters() if p.requires_grad}
-    assert trained == {"transformer"}
+    assert trained == {expert}
+    ends = times.quantile(torch.tensor([0.0, 1.0]), job.backbone.schedule)
+    assert all((t >= 875.0) == (expert == "transformer") for t in ends)
 
 
 # -- videos and exports --------------------------------------------------------------------------------------------
@@ -231,6 +283,27 @@ def test_a_run_with_an_average_exports_the_average(tiny_checkpoint: Tiny, tmp_pa
     assert any(not torch.equal(value, last[name]) for name, value in exported.networks.named_parameters())
 
 
+def test_a_clips_video_does_not_depend_on_its_batch(tiny_checkpoint: Tiny) -> None:
+    sampling = Sampling(steps=[1000.0, 500.0], guidance=1.0, frames=9, height=16, width=16)
+    job = finetuning(tiny_checkpoint("wan"), sampling=sampling)
+    job.configure_model()
+    together = job.make_videos(Batch(ids=["a", "b"], prompts=["x", "y"]), sampling)
+    alone = job.make_videos(Batch(ids=["b"], prompts=["y"]), sampling)
+    torch.testing.assert_close(together[1:], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_the_memory_of_texts_is_bounded() -> None:
+    text = Conditioning(torch.zeros(1, 4, 8))
+    memory = TextMemory(limit=3 * text.nbytes)
+    for i in range(10):
+        memory.put(str(i), text)
+        memory.get("0")
+    assert len(memory) == 3
+    assert memory.get("0") is not None
+    assert memory.get("9") is not None
+    assert memory.get("5") is None
+
+
 def test_predict_writes_every_clip_and_is_a_function_of_its_id(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     frames = []
     for run in ("a", "b"):
@@ -254,11 +327,12 @@ def test_samples_appear_at_their_updates(tiny_checkpoint: Tiny, tmp_path: Path) 
     assert sorted(p.name for p in folders[0].iterdir()) == ["00.mp4", "01.mp4", "sheet.png"]
 
 
-def test_sampling_does_not_change_training(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["wan", "unet3d"])  # the second has dropout, which must stay off
+def test_sampling_does_not_change_training(tiny_checkpoint: Tiny, tmp_path: Path, name: str) -> None:
     results = []
     for callbacks in ([], [Samples(prompts=["a dog"], every=1)]):
-        job = finetuning(tiny_checkpoint("wan"))
-        trainer(tmp_path, max_steps=3, callbacks=callbacks).fit(job, latents_for(job))
+        job = finetuning(tiny_checkpoint(name), name)
+        trainer(tmp_path, max_steps=3, callbacks=callbacks).fit(job, latents_for(job, name))
         results.append(weights(job))
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
 
@@ -295,16 +369,23 @@ def test_settings_that_cannot_work_are_refused_at_once(tiny_checkpoint: Tiny, se
         ({"timesteps": Uniform(low=Boundary(900.0), high=Boundary(0.5, "sigma"))}, "range is empty"),
         ({"adapter": LoRA(targets="blocks.*to_w")}, "hits no linear layer"),
         ({"adapter": LoRA(t_min=Boundary(700.0))}, "times inside the adapter's range"),
+        ({"components": ["denoiser", "vae"]}, "caption_dropout is 0.1"),
     ],
 )
 def test_what_the_model_cannot_do_is_refused_before_training(tiny_checkpoint: Tiny, settings: dict, says: str) -> None:
+    if "components" in settings:
+        settings = {"backbone": Pretrained(str(tiny_checkpoint("wan")), **settings)}
     with pytest.raises(UsageError, match=says):
         finetuning(tiny_checkpoint("wan"), **settings).configure_model()
 
 
-def test_low_precision_weights_are_not_trained(tiny_checkpoint: Tiny) -> None:
-    from muybridge.backbones import Pretrained
+def test_half_precision_of_everything_is_refused(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    job = finetuning(tiny_checkpoint("wan"))
+    with pytest.raises(UsageError, match="bf16-mixed"):
+        trainer(tmp_path, max_steps=1, precision="bf16-true").fit(job, latents_for(job))
 
+
+def test_low_precision_weights_are_not_trained(tiny_checkpoint: Tiny) -> None:
     job = finetuning(tiny_checkpoint("wan"), backbone=Pretrained(str(tiny_checkpoint("wan")), dtype="bfloat16"))
     with pytest.raises(UsageError, match="float32"):
         job.configure_model()
