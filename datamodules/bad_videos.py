@@ -74,12 +74,16 @@ class BadVideoWatch(pl.Callback):
         if not isinstance(batch, Batch):
             return
         account = self.accounts[stage]
-        if batch.remarks is None:
+        if batch.remarks is None and batch.present is None:
             # The usual case asks nothing of the device.
             account.seen += len(batch)
             return
         present = batch.present.tolist() if batch.present is not None else [True] * len(batch)
-        new = [name for name in account.see(batch.ids, present, batch.remarks) if name not in self._written]
+        remarks = batch.remarks if batch.remarks is not None else [""] * len(batch)
+        # Absent without a reason is a repeat that fills up an evaluation's batches, and no clip.
+        count = [i for i in range(len(batch)) if present[i] or remarks[i]]
+        first = account.see([batch.ids[i] for i in count], [present[i] for i in count], [remarks[i] for i in count])
+        new = [name for name in first if name not in self._written]
         if new:
             paths = self.paths()
             append(self._part, [line(name, paths.get(name, ""), account.reasons[name]) for name in new])

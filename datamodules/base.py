@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.collate import collate
+from datamodules.evaluation import EvaluationSampler, EvaluationSet
 from datamodules.sampling import LateLoader, ResumableSampler, outlive_notice
 from muybridge.errors import UsageError
 
@@ -72,8 +73,7 @@ class ResumableData(pl.LightningDataModule):
         """The training clips, from where the run is."""
         dataset = self.train_dataset()
         trainer = self.trainer
-        ranks = (trainer.distributed_sampler_kwargs if trainer is not None else None) or {"num_replicas": 1, "rank": 0}
-        sampler = self.make_sampler(dataset, **ranks)
+        sampler = self.make_sampler(dataset, **self._ranks())
         if self._sampler is not None and self._sampler_of is trainer:
             # Lightning asks again within a run (reload_dataloaders_every_n_epochs, a second fit).
             sampler.enter(*self._sampler.following)
@@ -89,6 +89,33 @@ class ResumableData(pl.LightningDataModule):
             collate_fn=self.collate,
             worker_init_fn=outlive_notice,
             persistent_workers=self.num_workers > 0,
+        )
+
+    def _ranks(self) -> dict[str, int]:
+        """Number of ranks that share the samples, and this one's."""
+        kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return dict(kwargs or {"num_replicas": 1, "rank": 0})
+
+    # -- the rest --------------------------------------------------------------------------------------------------
+
+    def evaluation_loader(
+        self, dataset: Dataset[Any], groups: Optional[Sequence[Sequence[int]]] = None, num_workers: int = 0
+    ) -> DataLoader[Any]:
+        """Samples in their order, each once, for validation, test and predict; batches of every rank are equally many.
+
+        Args:
+            dataset: Batches of one; has a length.
+            groups: Samples that may share a batch; all of them where not given.
+            num_workers: Processes that read, on every rank.
+        """
+        whole = [range(len(dataset))]  # type: ignore[arg-type]
+        sampler = EvaluationSampler(groups if groups is not None else whole, self.batch_size, **self._ranks())
+        return DataLoader(
+            EvaluationSet(dataset),
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=num_workers,
+            collate_fn=self.collate,
         )
 
     # -- the place -------------------------------------------------------------------------------------------------

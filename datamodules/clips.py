@@ -10,7 +10,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.base import ResumableData
-from datamodules.collate import collate
 from datamodules.prompts import PromptDataset
 from datamodules.sampling import ResumableSampler
 from muybridge.batch import Batch
@@ -221,17 +220,12 @@ class ClipData(ResumableData):
 
     def _plain_loader(self, name: str) -> DataLoader[Batch]:
         data = self._sets[name]
-        options: dict[str, Any] = dict(batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=collate)
-        if len(self.buckets) > 1:
-            trainer = self.trainer
-            ranks = (trainer.distributed_sampler_kwargs if trainer is not None else None) or {
-                "num_replicas": 1,
-                "rank": 0,
-            }
-            bucket_of = [data.bucket_of[place] for place in data.places]
-            batches = BucketBatches(bucket_of, self.batch_size * ranks["num_replicas"], shuffle=False)
-            options["sampler"] = ClipSampler(len(data), batches, batch_size=self.batch_size, shuffle=False, **ranks)
-        return DataLoader(data, **options)
+        members: list[list[int]] = [[] for _ in self.buckets]
+        for sample, place in enumerate(data.places):
+            bucket = data.bucket_of[place]
+            if bucket is not None:
+                members[bucket].append(sample)
+        return self.evaluation_loader(data, members, self.num_workers)
 
     def val_dataloader(self) -> Any:
         """The validation clips in their order; nothing where there are none."""
@@ -246,6 +240,4 @@ class ClipData(ResumableData):
         data = self._sets.get("validation", self._sets["train"])
         clips = [data.clips[place] for place in dict.fromkeys(data.places)]
         captions = [clip.caption or "" for clip in clips]
-        return DataLoader(
-            PromptDataset([clip.id for clip in clips], captions), batch_size=self.batch_size, collate_fn=collate
-        )
+        return self.evaluation_loader(PromptDataset([clip.id for clip in clips], captions))

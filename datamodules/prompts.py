@@ -11,7 +11,6 @@ from typing import Any, Optional
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.base import ResumableData
-from datamodules.collate import collate
 from muybridge.batch import Batch
 from muybridge.data.cache import Cache
 from muybridge.data.encoding import Material
@@ -137,4 +136,4 @@ class PromptData(ResumableData):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """The prompts in their order."""
-        return DataLoader(self.train_dataset(), batch_size=self.batch_size, collate_fn=collate)
+        return self.evaluation_loader(self.train_dataset())

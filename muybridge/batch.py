@@ -25,7 +25,8 @@ class Batch:
         weights: Motion weights on the latent grid, (B, 1, F, H, W).
         fps: Frames per second of the clips.
         present: (B,), False for a clip that could not be read and was skipped: its pixels are zero and no loss may count it.
-            A skipped clip keeps its slot, so that every rank still takes the same number of steps. ``None``: all are there.
+            A skipped clip keeps its slot, so that every rank still takes the same number of steps; so does, in evaluation, a
+            repeat that fills up a rank's share. ``None``: all are there.
         remarks: What there is to say of each clip, mostly nothing; of a skipped one, why.
     """
 
