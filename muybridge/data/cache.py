@@ -57,10 +57,23 @@ COLUMNS: dict[str, pa.Schema] = {
     "weights": pa.schema([]),
 }
 """What a cache can hold, and the index columns of each kind. ``position`` is the clip's place in its source; ``source`` the
-content key of its file; ``error`` why there are no latents of it."""
+:func:`source_key` of what was encoded; ``error`` why there are no latents of it."""
 
 Section = Literal["encoder", "preprocessing"]
 Key = Mapping[str, Any]
+
+
+def source_key(content: str, clip: Clip) -> str:
+    """The content key of a clip's file, and the part of the picture that is used, where it is not all of it.
+
+    With the preprocessing and the span, which is in the id, it is everything that a clip's pixels depend on.
+    """
+    return content if clip.crop is None else f"{content}-crop:{','.join(map(str, clip.crop))}"
+
+
+def _crop_of(source: str) -> str:
+    """What a source key says of the part of the picture."""
+    return source.partition("-crop:")[2]
 
 
 def unconditional_name(negative_prompt: str = "") -> str:
@@ -294,6 +307,8 @@ class Cache:
                 sizes[clip.path] = clip.path.stat().st_size if clip.path.is_file() else -1
             if sizes[clip.path] not in (-1, size_of_key(source)):
                 stale.append(f"{clip.id} (its file)")
+            elif _crop_of(source) != _crop_of(source_key("", clip)):
+                stale.append(f"{clip.id} (its crop)")
             elif (clip.caption or "") != caption:
                 stale.append(f"{clip.id} (its caption)")
         if stale:
@@ -450,8 +465,8 @@ def todo_texts(cache: str | Path, texts: Sequence[str], share: Share = Share()) 
 def todo_clips(cache: str | Path, clips: Sequence[Clip], share: Share = Share()) -> tuple[list[int], list[int]]:
     """Places of this rank's clips that are to be encoded, and of those of which only the caption changed.
 
-    To be encoded are clips that the latents column lacks, or holds as they were before their file changed. Clips that could not
-    be read are tried again. A clip whose file is not there at the moment stays as it is.
+    To be encoded are clips that the latents column lacks, or holds as they were before their file or their crop changed. Clips
+    that could not be read are tried again. A clip whose file is not there at the moment stays as it is.
     """
     column = ShardReader(Path(cache) / "latents")
     keys: dict[Path, Optional[str]] = {}
@@ -467,7 +482,8 @@ def todo_clips(cache: str | Path, clips: Sequence[Clip], share: Share = Share())
             continue
         if clip.path not in keys:
             keys[clip.path] = content_key(clip.path) if clip.path.is_file() else None
-        if keys[clip.path] not in (source, None):
+        content = keys[clip.path]
+        if content is not None and source_key(content, clip) != source:
             encode.append(place)
         elif caption != (clip.caption or ""):
             rename.append(place)
@@ -522,7 +538,7 @@ def add_clip(
         height=height,
         width=width,
         fps=batch.fps,
-        source=content_key(clip.path),
+        source=source_key(content_key(clip.path), clip),
         error=None,
     )
 

@@ -137,6 +137,7 @@ def test_every_preprocessing_setting_that_differs_is_named_with_both_values(made
         ({"vae_dtype": "bfloat16"}, "vae_dtype is 'float32' there and 'bfloat16' here"),
         ({"vae_tiling": True}, "vae_tiling is False there and True here"),
         ({"dtype": "bfloat16"}, "text_dtype is 'float32' there and 'bfloat16' here"),
+        ({"text_dtype": "bfloat16"}, "text_dtype is 'float32' there and 'bfloat16' here"),
         ({"max_text_length": 32}, "max_text_length is 64 there and 32 here"),
     ],
 )
@@ -224,6 +225,30 @@ def test_a_new_caption_leaves_the_latents_as_they_are(encoders, tmp_path: Path) 
     assert torch.equal(batch.latents, before)
     assert same(batch.conditioning, encoders.encode_text(["new"]))
     cache.check_clips(clips)
+
+
+def test_another_part_of_the_picture_is_encoded_anew(encoders, tmp_path: Path) -> None:
+    """A crop is the one thing of a manifest that changes pixels and is neither in the file nor in the id."""
+    plain = make_clips(tmp_path / "videos")
+    out = make_cache(tmp_path / "cache", encoders, plain)
+    cut = [*plain[:2], replace(plain[2], crop=(0, 8, 0, 8)), replace(plain[3], caption="new", crop=(0, 8, 0, 8))]
+    moved = [*plain[:2], replace(cut[2], crop=(0, 8, 4, 12)), cut[3]]
+    for before, now, others in ((plain, cut, [2, 3]), (cut, moved, [2]), (moved, plain, [2, 3])):
+        assert todo_clips(out, before) == ([], [])
+        assert todo_clips(out, now) == (others, [])
+        with pytest.raises(UsageError, match=rf"{len(others)} of 4 clips changed.*clip-2 \(its crop\)"):
+            Cache(out).check_clips(now)
+        make_cache(out, encoders, now)
+        Cache(out).check_clips(now)
+    # The crop is no part of the file: a new caption keeps it, and a changed file is still told from it.
+    make_cache(out, encoders, cut)
+    renamed = [*cut[:2], replace(cut[2], caption="other"), cut[3]]
+    assert todo_clips(out, renamed) == ([], [2])
+    make_cache(out, encoders, renamed)
+    Cache(out).check_clips(renamed)
+    renamed[2].path.write_bytes(b"a longer video")
+    with pytest.raises(UsageError, match=r"clip-2 \(its file\)"):
+        Cache(out).check_clips(renamed)
 
 
 def test_clips_whose_files_are_not_there_now_stay(encoders, tmp_path: Path) -> None:
@@ -341,6 +366,16 @@ def test_a_folder_of_other_things_is_not_written_into(encoders, tmp_path: Path) 
     (tmp_path / "latents" / "thesis.tex").write_text("!", encoding="utf-8")
     with pytest.raises(UsageError, match="exists and is no cache"):
         open_column(tmp_path, "latents", latents_key(encoders), PREPROCESSING)
+
+
+def test_sharding_in_bfloat16_leaves_the_key_of_the_text(encoders) -> None:
+    """``shard`` under ``param_dtype: bfloat16`` sets the dtype that the network computes in; the texts stay the same."""
+    before, whole = text_encoder_key(encoders), encoders.dtype
+    encoders.dtype = torch.bfloat16
+    try:
+        assert text_encoder_key(encoders) == before
+    finally:
+        encoders.dtype = whole
 
 
 def test_keys_need_no_weights_in_memory(tiny_checkpoint: Tiny) -> None:

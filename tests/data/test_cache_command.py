@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -278,6 +279,35 @@ def test_a_cache_under_other_settings_is_refused_by_the_command(
     write_clips(tmp_path / "videos", 4, frames=9, height=32, width=32)
     assert main(fit) == 2
     assert "lacks 1 of 4 clips, such as clip-003" in capsys.readouterr().err
+
+
+def test_a_crop_of_a_manifest_that_changed_is_refused_until_it_is_cached(
+    tiny_checkpoint: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Afterwards the cache holds what training from the video would see, bit by bit."""
+    monkeypatch.chdir(tmp_path)
+    write_clips(tmp_path / "videos", 3, frames=9, height=64, width=64)
+    config = write_config(tmp_path, tiny_checkpoint("wan"), tmp_path / "list.json")
+
+    def listed(crop: list[int]) -> None:
+        entries: list[dict[str, Any]] = [{"path": f"videos/clip-{i:03d}.mp4", "cap": [f"clip {i}"]} for i in range(3)]
+        entries[1]["crop"] = crop
+        (tmp_path / "list.json").write_text(json.dumps(entries), encoding="utf-8")
+
+    cache, fit = ["cache", "-c", config, "--out"], ["fit", "-c", config, "--data.cache=cache"]
+    listed([0, 32, 0, 32])
+    assert main([*cache, "cache"]) == 0
+    assert main(fit) == 0
+    before = Cache("cache").clips(["videos/clip-001"]).latents
+    listed([32, 64, 32, 64])
+    capsys.readouterr()
+    assert main(fit) == 2
+    assert "1 of 3 clips changed since cache was made, such as videos/clip-001 (its crop)" in capsys.readouterr().err
+    assert main([*cache, "cache"]) == 0
+    assert main(fit) == 0
+    assert main([*cache, "fresh"]) == 0
+    assert equal(Path("cache"), Path("fresh"))
+    assert not torch.equal(Cache("cache").clips(["videos/clip-001"]).latents, before)
 
 
 # -- stopped, shared -----------------------------------------------------------------------------------------------
