@@ -42,11 +42,12 @@ def export_pipeline(backbone: Backbone, out: str) -> Path:
             "a pipeline directory holds plain weights",
         )
     final, partial = fresh_directory(out)
-    source = backbone.checkpoint.path
+    others = [name for name in backbone.checkpoint.components if name not in backbone.networks]
+    source = backbone.checkpoint.fetch(*others)
     partial.mkdir()
     index = dict(backbone.checkpoint.index)
-    for name in backbone.checkpoint.components:
-        if name not in backbone.networks and (source / name).is_dir():
+    for name in others:
+        if (source / name).is_dir():
             shutil.copytree(source / name, partial / name)
     for name, network in backbone.networks.items():
         network.save_pretrained(partial / name, safe_serialization=True)  # type: ignore[operator]

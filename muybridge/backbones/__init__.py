@@ -62,6 +62,8 @@ class Pretrained(Backbone):
         vae_dtype: Dtype of the VAE.
         vae_tiling: Encode and decode in spatial tiles, for large frames on small cards.
         max_text_length: Tokens per prompt; the family's own default where not given.
+        text_dtype: Dtype of the text encoder; ``dtype`` where not given. bfloat16 halves the memory of a large T5, and
+            its embeddings are cast to the network's dtype anyway; a cache of text remembers which it was made with.
     """
 
     def __new__(  # type: ignore[misc]
@@ -73,6 +75,7 @@ class Pretrained(Backbone):
         vae_dtype: DType = "float32",
         vae_tiling: bool = False,
         max_text_length: Optional[int] = None,
+        text_dtype: Optional[DType] = None,
     ) -> Backbone:
         """Build the family's class; Python then skips ``__init__``, since the result is no ``Pretrained``."""
         return pick_family(path)(
@@ -83,6 +86,7 @@ class Pretrained(Backbone):
             vae_dtype=vae_dtype,
             vae_tiling=vae_tiling,
             max_text_length=max_text_length,
+            text_dtype=text_dtype,
         )
 
     def __init__(
@@ -94,6 +98,7 @@ class Pretrained(Backbone):
         vae_dtype: DType = "float32",
         vae_tiling: bool = False,
         max_text_length: Optional[int] = None,
+        text_dtype: Optional[DType] = None,
     ) -> None:
         raise RuntimeError("unreachable: __new__ returns another class")
 

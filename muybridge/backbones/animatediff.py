@@ -47,7 +47,7 @@ class AnimateDiff(ClipText):
             return super()._load_network(name)
         from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
 
-        path = self.checkpoint.path
+        path = self.checkpoint.fetch("unet", "motion_adapter")
         unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", dtype=self.dtype)
         adapter = MotionAdapter.from_pretrained(path, subfolder="motion_adapter", dtype=self.dtype)
         return UNetMotionModel.from_unet2d(unet, adapter)

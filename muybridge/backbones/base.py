@@ -29,7 +29,8 @@ class Backbone(nn.Module, ABC):
     """A diffusers model behind the toolkit's face: (B, C, F, H, W) latents, time 0..1000, one conditioning dataclass.
 
     Constructing one reads configuration files only. :meth:`materialize` loads the network; the VAE and the text encoder
-    are loaded when something is first encoded or decoded, and are no submodules: never trained, saved or sharded.
+    are loaded when something is first encoded or decoded, and are no submodules: never trained, saved or sharded. Of a hub
+    id, weights are downloaded at the same moments, each component's own.
 
     Args:
         path: Directory of a diffusers pipeline (with ``model_index.json``), or a hub id.
@@ -41,6 +42,8 @@ class Backbone(nn.Module, ABC):
         vae_dtype: Dtype of the VAE.
         vae_tiling: Encode and decode in spatial tiles, for large frames on small cards.
         max_text_length: Tokens per prompt; the family's own default where not given.
+        text_dtype: Dtype of the text encoder; ``dtype`` where not given. bfloat16 halves the memory of a large T5, and
+            its embeddings are cast to the network's dtype anyway; a cache of text remembers which it was made with.
     """
 
     family: ClassVar[str]
@@ -73,6 +76,7 @@ class Backbone(nn.Module, ABC):
         vae_dtype: DType = "float32",
         vae_tiling: bool = False,
         max_text_length: Optional[int] = None,
+        text_dtype: Optional[DType] = None,
     ) -> None:
         super().__init__()
         unknown = [c for c in components if c not in ALL_COMPONENTS]
@@ -91,6 +95,8 @@ class Backbone(nn.Module, ABC):
             )
         self.dtype = getattr(torch, dtype)
         self.vae_dtype = getattr(torch, vae_dtype)
+        # Fixed here: sharding may change the dtype that the network computes in, and no cached text should notice.
+        self.text_dtype: torch.dtype = getattr(torch, text_dtype or dtype)
         self.components = tuple(components)
         self.gradient_checkpointing = gradient_checkpointing
         self.vae_tiling = vae_tiling
@@ -159,7 +165,7 @@ class Backbone(nn.Module, ABC):
 
     def _load_network(self, name: str) -> nn.Module:
         cls = self._network_class(name)
-        return cls.from_pretrained(self.checkpoint.path, subfolder=name, dtype=self.dtype)
+        return cls.from_pretrained(self.checkpoint.fetch(name), subfolder=name, dtype=self.dtype)
 
     def skeleton(self, name: Optional[str] = None) -> nn.Module:
         """The network without weights (on the meta device): names and shapes for checks before anything is loaded."""
@@ -202,7 +208,7 @@ class Backbone(nn.Module, ABC):
             import diffusers
 
             cls = getattr(diffusers, self.checkpoint.class_of("vae"))
-            vae = cls.from_pretrained(self.checkpoint.path, subfolder="vae", dtype=self.vae_dtype)
+            vae = cls.from_pretrained(self.checkpoint.fetch("vae"), subfolder="vae", dtype=self.vae_dtype)
             if self.vae_tiling:
                 vae.enable_tiling()
             self._parts["vae"] = vae.eval().requires_grad_(False)
@@ -217,7 +223,7 @@ class Backbone(nn.Module, ABC):
             keep = [c for c in self.checkpoint.components if c.startswith(("tokenizer", "text_encoder"))]
             rest: dict[str, Any] = {c: None for c in self.checkpoint.components if c not in keep}
             cls = getattr(diffusers, self.checkpoint.pipeline_class)
-            pipeline = cls.from_pretrained(self.checkpoint.path, dtype=self.dtype, **rest)
+            pipeline = cls.from_pretrained(self.checkpoint.fetch(*keep), dtype=self.text_dtype, **rest)
             for name in keep:
                 part = getattr(pipeline, name)
                 if isinstance(part, nn.Module):

@@ -6,15 +6,17 @@ import json
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from muybridge.errors import UsageError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_TEXT_FILES = ("*.json", "*.txt", "*.model")
+"""Configurations, and the vocabularies of tokenizers."""
 
 
-def resolve(path: str) -> Path:
-    """The local directory of a checkpoint: the path itself, or the local copy of a hub id (downloaded where needed)."""
+def local_directory(path: str) -> Optional[Path]:
+    """The directory of a checkpoint on this machine, or ``None`` where ``path`` can only be a hub id."""
     local = Path(path).expanduser()
     if (local / "model_index.json").is_file():
         return local
@@ -38,14 +40,20 @@ def resolve(path: str) -> Path:
             "a directory with model_index.json, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
             f"relative paths are looked up from {Path.cwd()}",
         )
+    return None
+
+
+def _download(repository: str, patterns: list[str], revision: Optional[str] = None) -> Path:
+    """The local copy of a hub repository, after those of its files that match were fetched."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"]))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UsageError(
-            f"{path!r} is neither a directory here nor a repository that could be fetched ({type(error).__name__})",
+            f"{repository!r} is neither a directory here nor a repository that could be fetched"
+            f" ({type(error).__name__}; wanted {', '.join(patterns)})",
             "a directory with model_index.json, or a hub id that can be reached",
             f"relative paths are looked up from {Path.cwd()}; offline, download it first and give the directory",
         ) from error
@@ -54,13 +62,41 @@ def resolve(path: str) -> Path:
 class Checkpoint:
     """The configuration files of a pipeline directory.
 
+    Opening a hub id downloads its configuration files alone; :meth:`fetch` brings the weights of one component when they
+    are needed, so a job never waits for encoders that it does not use. (Checking a cache against its encoders uses their
+    files, see ``muybridge.data.content``.)
+
     Args:
         path: A directory with ``model_index.json``, or a hub id.
     """
 
     def __init__(self, path: str) -> None:
         self.given = path
-        self.path = resolve(path)
+        local = local_directory(path)
+        self.is_local = local is not None
+        self.path = local if local is not None else _download(path, list(_TEXT_FILES))
+        """The directory; of a hub id, one commit's in the local cache, whose folder names that commit."""
+        self._fetched: set[str] = set()
+
+    def fetch(self, *components: str) -> Path:
+        """The directory, holding all files of these components. Nothing to do where the checkpoint is a local directory."""
+        missing = [c for c in components if not self.is_local and self.has(c) and c not in self._fetched]
+        if not missing:
+            return self.path
+        patterns = [f"{c}/{files}" for c in missing for files in (*_TEXT_FILES, "*.safetensors")]
+        # The commit that the configuration came from: the repository may have moved on since.
+        _download(self.given, patterns, revision=self.path.name)
+        for component in missing:
+            # Offline, the hub's client answers with whatever part of the commit is here.
+            folder = self.path / component
+            if (folder / "config.json").is_file() and not any(folder.glob("*.safetensors")):
+                raise UsageError(
+                    f"{self.given} gave no weights for its {component}",
+                    f"{component}/*.safetensors in the repository, and a connection to fetch them",
+                    "offline, or where it holds *.bin alone: download the whole repository and give the directory",
+                )
+        self._fetched.update(missing)
+        return self.path
 
     def read_json(self, *parts: str) -> dict[str, Any]:
         """One of the directory's JSON files."""

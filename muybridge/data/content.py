@@ -63,27 +63,28 @@ def _component_key(folder: Path) -> str:
 
 
 def latents_key(backbone: Backbone) -> dict[str, object]:
-    """All of a backbone that its latents depend on; reads files, loads nothing."""
+    """All of a backbone that its latents depend on; reads files (a hub id's are fetched to be read), loads nothing."""
     return {
         "family": backbone.family,
-        "vae": _component_key(backbone.checkpoint.path / "vae"),
+        "vae": _component_key(backbone.checkpoint.fetch("vae") / "vae"),
         "vae_dtype": str(backbone.vae_dtype).removeprefix("torch."),
         "vae_tiling": backbone.vae_tiling,
     }
 
 
 def text_encoder_key(backbone: Backbone) -> dict[str, object]:
-    """All of a backbone that its text embeddings depend on; reads files, loads nothing."""
+    """All of a backbone that its text embeddings depend on; reads files (a hub id's are fetched to be read), loads nothing."""
     checkpoint = backbone.checkpoint
     names = sorted(
         c for c in checkpoint.components if c.startswith(("tokenizer", "text_encoder")) and checkpoint.has(c)
     )
+    folder = checkpoint.fetch(*names)
     digest = hashlib.blake2b(digest_size=8)
     for name in names:
-        digest.update(f"{name} {_component_key(checkpoint.path / name)}".encode())
+        digest.update(f"{name} {_component_key(folder / name)}".encode())
     return {
         "family": backbone.family,
         "text_encoder": digest.hexdigest(),
-        "text_dtype": str(backbone.dtype).removeprefix("torch."),
+        "text_dtype": str(backbone.text_dtype).removeprefix("torch."),
         "max_text_length": backbone.max_text_length,
     }

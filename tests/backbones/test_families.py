@@ -254,6 +254,24 @@ def test_bfloat16_is_near_float32(name: str, opened: Open, tiny_checkpoint: Call
 
 
 @every
+def test_the_text_has_a_dtype_of_its_own(name: str, opened: Open, tiny_checkpoint: Callable) -> None:
+    """Half the memory, nearly the same embeddings; and the network's dtype, which sharding may set, has no part in it."""
+    prompts = ["a cat", "two dogs jump over"]
+    backbone = CASES[name].open(tiny_checkpoint(name), components=("text_encoder",), text_dtype="bfloat16")
+    half, whole = backbone.encode_text(prompts), opened(name).encode_text(prompts)
+    assert (backbone.dtype, half.text.dtype, whole.text.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+    close(half.text.float(), whole.text, 0.05)
+    assert not torch.equal(half.text.float(), whole.text)
+    noise = CASES[name].noise(opened(name), 2)
+    close(opened(name).denoise(noise, TIMES, half), opened(name).denoise(noise, TIMES, whole), 0.1)
+
+    sharded = CASES[name].open(tiny_checkpoint(name), components=("text_encoder",))
+    sharded.dtype = torch.bfloat16
+    assert sharded.text_dtype == torch.float32
+    assert torch.equal(sharded.encode_text(prompts).text, whole.text)
+
+
+@every
 def test_wrong_shapes_are_refused(name: str, opened: Open) -> None:
     backbone = opened(name)
     x, c = CASES[name].noise(backbone, 2), text(backbone)
