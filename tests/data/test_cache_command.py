@@ -62,7 +62,7 @@ class Losses(pl.Callback):
         self.seen.append((batch.ids, present))
         self.losses.append(float(outputs["loss"]))
 
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         self.validation.append(float(trainer.callback_metrics["val/loss"]))
 
 

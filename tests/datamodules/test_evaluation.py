@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from support.clips import folder_of, make_bad, numbered, write
-from support.jobs import trainer
+from support.jobs import finetuning, trainer
 from support.ranks import run_ranks
 
+from callbacks.samples import Samples
 from datamodules.evaluation import EvaluationSampler, EvaluationSet
 from datamodules.prompts import PromptData, PromptDataset
 from datamodules.video import VideoData
@@ -114,6 +116,32 @@ def test_two_ranks_predict_every_prompt_once(count: int, tmp_path: Path) -> None
     file.write_text("".join(f"prompt {i}\n" for i in range(count)), encoding="utf-8")
     wanted = PromptData(str(file)).ids
     check(run_ranks(on_ranks, "predict", "prompts", str(file), str(tmp_path)), wanted)
+
+
+def predicted(path: str, source: str, root: str) -> None:
+    runner = trainer(root, devices=2, strategy="ddp", callbacks=[Samples()])
+    runner.predict(finetuning(path), PromptData(source))
+
+
+def test_two_ranks_write_a_video_of_every_prompt(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a\nb\nc\n", encoding="utf-8")
+    run_ranks(predicted, str(tiny_checkpoint("wan")), str(file), str(tmp_path))
+    assert sorted(p.name for p in tmp_path.rglob("*.mp4")) == ["0000-a.mp4", "0001-b.mp4", "0002-c.mp4"]
+
+
+def validated(path: str, source: str, root: str, devices: int) -> float:
+    options: dict[str, Any] = {"devices": 2, "strategy": "ddp"} if devices == 2 else {}
+    data = VideoData(source, source, frames=5, height=16, width=16, num_workers=0)
+    [found] = trainer(root, **options).validate(finetuning(path), data, verbose=False)
+    return found["val/loss"]
+
+
+def test_the_validation_loss_is_that_of_one_process(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """Three clips on two ranks: were the repeat counted, the mean would be another."""
+    path, videos = str(tiny_checkpoint("wan")), str(folder_of(tmp_path / "videos", 3, frames=5))
+    alone = validated(path, videos, str(tmp_path), 1)
+    assert run_ranks(validated, path, videos, str(tmp_path), 2) == pytest.approx([alone, alone], rel=1e-5)
 
 
 def check(found: list[Seen], wanted: list[str]) -> None:
