@@ -47,10 +47,17 @@ def main() -> None:
                 "logsnr": round(level, 2),
                 "sigma": round(Boundary.of_time(boundary, "sigma", schedule).value, 3),
                 "same place in Wan's time": round(Boundary(level, "logsnr").resolve(FlowSchedule(3.0)), 1),
-                "share of sampling steps above": round(Boundary.of_time(place.resolve(schedule), "fraction", schedule).value, 3),
+                "share of sampling steps above": round(
+                    Boundary.of_time(place.resolve(schedule), "fraction", schedule).value, 3
+                ),
             }
         )
-    axes.set(xlabel="time of the family (0 clean, 1000 noise)", ylabel="log signal-to-noise ratio", ylim=(-12, 8), xlim=(0, 1000))
+    axes.set(
+        xlabel="time of the family (0 clean, 1000 noise)",
+        ylabel="log signal-to-noise ratio",
+        ylim=(-12, 8),
+        xlim=(0, 1000),
+    )
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8, title="dots: published motion boundaries", title_fontsize=8)
     figure.tight_layout()

@@ -33,7 +33,7 @@ class BadVideoWatch(pl.Callback):
     Args:
         on_error: ``raise`` stops the run at the first bad clip.
         max_bad_fraction: ``skip`` stops it where more than this share is bad.
-        paths: Gives the file of each clip, by id.
+        paths: Gives the file of each clip by id, for the clips of ``train`` or of ``validation``: both may use the same ids.
         left_out: Why clips were left out before the run began, by id.
     """
 
@@ -41,7 +41,7 @@ class BadVideoWatch(pl.Callback):
         self,
         on_error: OnError = "skip",
         max_bad_fraction: float = 0.1,
-        paths: Callable[[], Mapping[str, str]] = dict,
+        paths: Callable[[str], Mapping[str, str]] = lambda stage: {},
         left_out: Optional[Mapping[str, str]] = None,
     ) -> None:
         self.on_error, self.max_bad_fraction, self.paths = on_error, max_bad_fraction, paths
@@ -66,7 +66,7 @@ class BadVideoWatch(pl.Callback):
         self._part = self._file if rank == 0 else self._file.with_suffix(f".rank{rank}.jsonl")
         self._written = {str(entry["id"]): str(entry["reason"]) for entry in read(self._part)}
         if rank == 0 and self.left_out:
-            merge(self._file, self.left_out, self.paths())
+            merge(self._file, self.left_out, self.paths("train"))
 
     # -- counting --------------------------------------------------------------------------------------------------
 
@@ -85,7 +85,7 @@ class BadVideoWatch(pl.Callback):
         first = account.see([batch.ids[i] for i in count], [present[i] for i in count], [remarks[i] for i in count])
         new = [name for name in first if name not in self._written]
         if new:
-            paths = self.paths()
+            paths = self.paths(stage)
             append(self._part, [line(name, paths.get(name, ""), account.reasons[name]) for name in new])
             self._written.update({name: account.reasons[name] for name in new})
 
@@ -148,20 +148,20 @@ class BadVideoWatch(pl.Callback):
         if not skipped:
             return
         total = self._gather(self.accounts[stage])
-        self._write(trainer, total)
+        self._write(trainer, total, stage)
         name, reason = next(iter(total.reasons.items()))
-        raise refuse_one(name, self.paths().get(name, ""), reason)
+        raise refuse_one(name, self.paths(stage).get(name, ""), reason)
 
-    def _write(self, trainer: pl.Trainer, total: Account) -> None:
+    def _write(self, trainer: pl.Trainer, total: Account, stage: str) -> None:
         if trainer.is_global_zero:
-            merge(self._file, total.reasons, self.paths())
+            merge(self._file, total.reasons, self.paths(stage))
         elif self._part.exists():
             self._part.unlink()
 
     def _end_epoch(self, trainer: pl.Trainer, stage: str, least: int = ENOUGH) -> None:
         total = self._gather(self.accounts[stage])
         self.accounts[stage] = Account()
-        self._write(trainer, total)
+        self._write(trainer, total, stage)
         where = f"epoch {trainer.current_epoch}" if stage == "train" else stage
         if total.skipped:
             rank_zero_info(f"{where}: {total.summary()}; listed in {self._file}")

@@ -236,10 +236,10 @@ class VideoData(ClipData):
     def _watch(self, trainer: Any) -> None:
         if self._watcher in trainer.callbacks:
             return
-        sets = list(self._sets.values())
+        sets = dict(self._sets)
 
-        def paths() -> dict[str, str]:
-            return {clip.id: str(clip.path) for data in sets for clip in data.clips}
+        def paths(stage: str) -> dict[str, str]:
+            return {clip.id: str(clip.path) for clip in sets.get(stage, sets["train"]).clips}
 
         data = self._sets["train"]
         out = {c.id: c.problem for c, b in zip(data.clips, data.bucket_of, strict=True) if b is None and c.problem}

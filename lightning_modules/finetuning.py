@@ -195,9 +195,10 @@ class Finetuning(DiffusionModule):
         values = {}
         for name, loss in zip(self.loss_names, self.losses, strict=True):
             value = loss(step)
-            if value.shape != (step.clean.shape[0],):
+            if not isinstance(value, Tensor) or value.shape != (step.clean.shape[0],):
+                given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
                 raise UsageError(
-                    f"the loss {name} returned shape {tuple(value.shape)}",
+                    f"the loss {name} returned {given}",
                     f"one number per sample, ({step.clean.shape[0]},)",
                     "reduce over everything but the batch: muybridge.losses.per_sample does",
                 )

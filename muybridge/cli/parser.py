@@ -17,6 +17,7 @@ from muybridge.cli.files import Config, classes_beside
 from muybridge.cli.messages import explain
 from muybridge.cli.places import ROOMS
 from muybridge.errors import UsageError
+from muybridge.registry import CLASSES
 
 
 class ShortErrors(jsonargparse.ArgumentParser):
@@ -137,7 +138,8 @@ def _concrete(base: type) -> Iterator[type]:
     # What its own package extends is a base, and seldom of use by itself.
     package = base.__module__.split(".")[0]
     idle = any(child.__module__.split(".")[0] in (package, *ROOMS) for child in children)
-    if not (idle or inspect.isabstract(base) or base.__name__.startswith("_")):
+    listed = any(base.__name__ in table for table in CLASSES)
+    if listed or not (idle or inspect.isabstract(base) or base.__name__.startswith("_")):
         yield base
     for child in children:
         yield from _concrete(child)

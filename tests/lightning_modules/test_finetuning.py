@@ -347,6 +347,13 @@ class Scalar(Loss):
         return torch.zeros(())
 
 
+class Forgetful(Loss):
+    """A loss that forgot to return."""
+
+    def forward(self, step: object) -> Tensor:
+        torch.zeros(1)
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
@@ -391,9 +398,14 @@ def test_low_precision_weights_are_not_trained(tiny_checkpoint: Tiny) -> None:
         job.configure_model()
 
 
-def test_a_loss_that_reduced_the_batch_is_named(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
-    job = finetuning(tiny_checkpoint("wan"), losses=[Scalar()])
-    with pytest.raises(UsageError, match=r"Scalar returned shape \(\)"):
+@pytest.mark.parametrize(
+    ("loss", "says"), [(Scalar, r"Scalar returned shape \(\)"), (Forgetful, "Forgetful returned None")]
+)
+def test_a_loss_that_gives_no_number_per_sample_is_named(
+    tiny_checkpoint: Tiny, tmp_path: Path, loss: type[Loss], says: str
+) -> None:
+    job = finetuning(tiny_checkpoint("wan"), losses=[loss()])
+    with pytest.raises(UsageError, match=says):
         trainer(tmp_path, max_steps=1).fit(job, latents_for(job))
 
 

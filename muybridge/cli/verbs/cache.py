@@ -83,6 +83,13 @@ def cache(
     if devices < 1 or shard_mib <= 0:
         raise UsageError(f"devices is {devices} and shard_mib is {shard_mib}", "at least 1, and above 0")
     rank, world, local = launched()
+    target = Path(out)
+    if target.is_dir() and any(target.iterdir()) and not ((target / "latents").is_dir() or (target / "text").is_dir()):
+        raise UsageError(
+            f"{out} exists, is not empty and is no cache",
+            "a new folder, or a cache to go on with",
+            "choose another --out",
+        )
     if world > 1 and devices > 1:
         raise UsageError(
             f"--devices {devices} under a launcher that started {world} ranks", "one of the two", "leave --devices out"
