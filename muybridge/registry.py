@@ -21,11 +21,16 @@ BACKBONES: dict[str, str] = {
 
 LOSSES: dict[str, str] = {
     "Denoising": "muybridge.losses.denoising",
+    "DistributionMatching": "muybridge.losses.distribution_matching",
+    "MotionScoreMatching": "muybridge.losses.motion_score_matching",
+    "Regression": "muybridge.losses.regression",
+    "Adversarial": "muybridge.losses.adversarial",
 }
 """Class name of every loss and the module it lives in."""
 
 MODULES: dict[str, str] = {
     "Finetuning": "lightning_modules.finetuning",
+    "Autoencoder": "lightning_modules.autoencoder",
 }
 
 DATAMODULES: dict[str, str] = {

@@ -26,6 +26,8 @@ class DenoisingStep:
         conditioning: What the network was conditioned on.
         weights: Motion weights on the latent grid, (B, 1, F, H, W), where the data has them.
         schedule: The family's noise schedule, for losses that need another kind of prediction.
+        present: (B,), False for slots that count for nothing, whatever a loss says of them: for losses that compare the samples
+            of a batch with one another. ``None``: all are there.
     """
 
     clean: Tensor
@@ -38,6 +40,7 @@ class DenoisingStep:
     conditioning: Conditioning
     weights: Optional[Tensor]
     schedule: NoiseSchedule
+    present: Optional[Tensor] = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,10 @@ class ScoreStep:
         real_x0: The teacher's clean estimate, without gradient.
         fake_x0: The critic's clean estimate, without gradient.
         conditioning: What all three were conditioned on.
+        target: What the teacher's own sampler made of the noise that the sample was made of in one step; only in jobs whose
+            data holds such pairs, and only in turns that leave the rollout at its first step.
+        logits: What a discriminator says of the noised sample, (B,), high for real, with gradient to the sample; only in jobs
+            that train one.
     """
 
     sample: Tensor
@@ -59,3 +66,5 @@ class ScoreStep:
     real_x0: Tensor
     fake_x0: Tensor
     conditioning: Conditioning
+    target: Optional[Tensor] = None
+    logits: Optional[Tensor] = None

@@ -1,6 +1,18 @@
 """Losses: one file an idea. ``docs/plug-in-a-loss.md`` shows how to add one, here or in a file of your own."""
 
+from muybridge.losses.adversarial import Adversarial
 from muybridge.losses.base import Loss, per_sample
 from muybridge.losses.denoising import Denoising
+from muybridge.losses.distribution_matching import DistributionMatching
+from muybridge.losses.motion_score_matching import MotionScoreMatching
+from muybridge.losses.regression import Regression
 
-__all__ = ["Denoising", "Loss", "per_sample"]
+__all__ = [
+    "Adversarial",
+    "Denoising",
+    "DistributionMatching",
+    "Loss",
+    "MotionScoreMatching",
+    "Regression",
+    "per_sample",
+]
