@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any, Optional
 
 from muybridge.backbones.base import ALL_COMPONENTS, Backbone, Component, DType
+from muybridge.backbones.causal import Causal
 from muybridge.backbones.checkpoint import Checkpoint
 from muybridge.backbones.geometry import Geometry
 from muybridge.errors import UsageError
 from muybridge.registry import BACKBONES
 
-__all__ = ["Backbone", "Geometry", "Pretrained", "load", "pick_family", *BACKBONES]
+__all__ = ["Backbone", "Causal", "Geometry", "Pretrained", "load", "pick_family", *BACKBONES]
 
 
 def __getattr__(name: str) -> Any:
@@ -64,6 +65,7 @@ class Pretrained(Backbone):
         max_text_length: Tokens per prompt; the family's own default where not given.
         text_dtype: Dtype of the text encoder; ``dtype`` where not given. bfloat16 halves the memory of a large T5, and
             its embeddings are cast to the network's dtype anyway; a cache of text remembers which it was made with.
+        causal: Let each block of frames see only itself and the blocks before it, and make clips block by block (Wan).
     """
 
     def __new__(  # type: ignore[misc]
@@ -76,6 +78,7 @@ class Pretrained(Backbone):
         vae_tiling: bool = False,
         max_text_length: Optional[int] = None,
         text_dtype: Optional[DType] = None,
+        causal: Optional[Causal] = None,
     ) -> Backbone:
         """Build the family's class; Python then skips ``__init__``, since the result is no ``Pretrained``."""
         return pick_family(path)(
@@ -87,6 +90,7 @@ class Pretrained(Backbone):
             vae_tiling=vae_tiling,
             max_text_length=max_text_length,
             text_dtype=text_dtype,
+            causal=causal,
         )
 
     def __init__(
@@ -99,6 +103,7 @@ class Pretrained(Backbone):
         vae_tiling: bool = False,
         max_text_length: Optional[int] = None,
         text_dtype: Optional[DType] = None,
+        causal: Optional[Causal] = None,
     ) -> None:
         raise RuntimeError("unreachable: __new__ returns another class")
 

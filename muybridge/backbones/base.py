@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Optional
 import torch
 from torch import Tensor, nn
 
+from muybridge.backbones.causal import Causal, check_causal, is_causal, stream
 from muybridge.backbones.checkpoint import Checkpoint
 from muybridge.backbones.geometry import Geometry
 from muybridge.diffusion import samplers
@@ -44,6 +45,7 @@ class Backbone(nn.Module, ABC):
         max_text_length: Tokens per prompt; the family's own default where not given.
         text_dtype: Dtype of the text encoder; ``dtype`` where not given. bfloat16 halves the memory of a large T5, and
             its embeddings are cast to the network's dtype anyway; a cache of text remembers which it was made with.
+        causal: Let each block of frames see only itself and the blocks before it, and make clips block by block (Wan).
     """
 
     family: ClassVar[str]
@@ -77,6 +79,7 @@ class Backbone(nn.Module, ABC):
         vae_tiling: bool = False,
         max_text_length: Optional[int] = None,
         text_dtype: Optional[DType] = None,
+        causal: Optional[Causal] = None,
     ) -> None:
         super().__init__()
         unknown = [c for c in components if c not in ALL_COMPONENTS]
@@ -103,6 +106,10 @@ class Backbone(nn.Module, ABC):
         self.max_text_length = self._text_length(max_text_length)
         self.schedule: NoiseSchedule = self._make_schedule(self.checkpoint.config("scheduler"))
         self.geometry: Geometry = self._make_geometry()
+        if causal is not None:
+            known = type(self)._make_causal is not Backbone._make_causal
+            check_causal(self.family, self.per_frame_times, known, self._present_networks())
+        self.causal = causal
         self.networks = nn.ModuleDict()
         self.idle_device = torch.device("cpu")
         """Where the VAE and the text encoder work while no network is loaded."""
@@ -131,6 +138,10 @@ class Backbone(nn.Module, ABC):
     def _check(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> None:
         """Refuse what the network would silently get wrong."""
 
+    def _make_causal(self, causal: Causal) -> None:
+        """Make the loaded network causal, see :mod:`muybridge.backbones.causal`; only families with per-frame times can."""
+        raise NotImplementedError(f"{self.family} does not say how it is made causal")
+
     def _text_length(self, wanted: Optional[int]) -> int:
         """Tokens per prompt; families that know only one number refuse others."""
         return wanted or self.default_text_length
@@ -151,6 +162,8 @@ class Backbone(nn.Module, ABC):
                     "the download is broken or was saved after a diverged run",
                 )
             self.networks[name] = network.eval()
+        if self.causal is not None:
+            self._make_causal(self.causal)
         if self.gradient_checkpointing:
             self.enable_gradient_checkpointing()
         return self
@@ -277,9 +290,12 @@ class Backbone(nn.Module, ABC):
     def check_clip(self, frames: int, height: int, width: int) -> None:
         """Refuse a clip size that the family can't represent exactly, with the nearest that it can."""
         self.geometry.check_clip(frames, height, width, self.family)
+        if self.causal is not None:
+            self.causal.spans((frames - 1) // self.geometry.temporal + 1)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, F, H, W) of the latents of a clip; refuses sizes that don't fit."""
+        self.check_clip(frames, height, width)
         return self.geometry.latent_shape(frames, height, width, self.family)
 
     def _statistics(self, vae: Any) -> tuple[Tensor, Tensor]:
@@ -463,7 +479,7 @@ class Backbone(nn.Module, ABC):
         generator: Optional[samplers.Generators] = None,
         on_step: Optional[samplers.OnStep] = None,
     ) -> Tensor:
-        """Latents from noise.
+        """Latents from noise; block by block where the backbone is causal.
 
         Args:
             noise: Standard normal latents (B, C, F, H, W).
@@ -473,9 +489,37 @@ class Backbone(nn.Module, ABC):
             guidance: Standard guidance scale; 1 is none.
             unconditional: The other branch of guidance; the empty prompt where not given.
             generator: For the fresh noises of the few-step sampler, or of a scheduler that draws some, on the CPU.
-            on_step: Called after each step with (index, count, time, latents).
+            on_step: Called after each step with (index, count, time, latents); counted over all blocks of a causal clip,
+                of which it is given the block at hand.
         """
-        denoise = self.guided(conditioning, unconditional, guidance)
+        if not is_causal(self):
+            denoise = self.guided(conditioning, unconditional, guidance)
+            return self._run_sampler(denoise, noise, steps, generator, on_step)
+        assert self.causal is not None
+        blocks, made = len(self.causal.spans(noise.shape[2])), 0
+
+        def counted(index: int, count: int, time: float, latents: Tensor) -> None:
+            if on_step is not None:
+                on_step(made * count + index, blocks * count, time, latents)
+
+        def sample_block(denoise: samplers.Denoiser, noise: Tensor) -> Tensor:
+            return self._run_sampler(denoise, noise, steps, generator, counted)
+
+        parts = []
+        for part in stream(self, noise, conditioning, sample_block, unconditional, guidance):
+            parts.append(part)
+            made += 1
+        return torch.cat(parts, 2)
+
+    def _run_sampler(
+        self,
+        denoise: samplers.Denoiser,
+        noise: Tensor,
+        steps: int | Sequence[float],
+        generator: Optional[samplers.Generators],
+        on_step: Optional[samplers.OnStep],
+    ) -> Tensor:
+        """A number of steps runs the checkpoint's scheduler, a list of times the few-step sampler."""
         if not isinstance(steps, int):
             return samplers.few_step(denoise, noise, self.schedule, steps, generator, on_step)
         scheduler = self.inference_scheduler(steps, noise)

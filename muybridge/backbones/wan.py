@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from muybridge.backbones.base import Backbone
+from muybridge.backbones.causal import Causal, install
 from muybridge.backbones.geometry import Geometry
 from muybridge.backbones.noise import rectified_flow
 from muybridge.diffusion.conditioning import Conditioning
@@ -39,6 +40,10 @@ class Wan(Backbone):
             temporal=int(vae.get("scale_factor_temporal") or 4),
             patch=tuple(network["patch_size"]),
         )
+
+    def _make_causal(self, causal: Causal) -> None:
+        network: Any = self.network
+        self._parts["causal"] = install(network, [block.attn1 for block in network.blocks], network.rope, causal)
 
     @property
     def expert_boundary(self) -> Optional[float]:
