@@ -8,10 +8,12 @@ from typing import Any, Optional
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.collate import collate
-from datamodules.evaluation import EvaluationSampler, EvaluationSet
+from datamodules.evaluation import EvaluationSampler
+from datamodules.filling import FilledSet
 from datamodules.sampling import LateLoader, ResumableSampler, outlive_notice
 from muybridge.errors import UsageError
 
@@ -28,7 +30,7 @@ class ResumableData(pl.LightningDataModule):
         seed: The order of an epoch is a function of this seed and the epoch.
         shuffle: Draw a new order every epoch.
         drop_last: Leave out an epoch's last clips where they do not fill a batch on every rank, rather than fill it up with
-            the epoch's first.
+            slots that count for nothing.
     """
 
     def __init__(
@@ -81,8 +83,13 @@ class ResumableData(pl.LightningDataModule):
         if self._loaded is not None:
             self._enter()
         sampler.on_epoch = self._on_epoch
+        if 2 * sampler.fills > sampler.total_size:
+            rank_zero_warn(
+                f"of the {sampler.total_size} slots of an epoch {sampler.fills} have no sample and train nothing: batch_size "
+                f"times ranks is {sampler.global_batch}. Lower it, or let samples stand several times in an epoch (repeats)"
+            )
         return LateLoader(
-            dataset,
+            FilledSet(dataset, expected=sampler.fills > 0),
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
@@ -111,7 +118,7 @@ class ResumableData(pl.LightningDataModule):
         whole = [range(len(dataset))]  # type: ignore[arg-type]
         sampler = EvaluationSampler(groups if groups is not None else whole, self.batch_size, **self._ranks())
         return DataLoader(
-            EvaluationSet(dataset),
+            FilledSet(dataset),
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=num_workers,

@@ -124,9 +124,14 @@ class ClipSampler(ResumableSampler):
     def __init__(self, samples: int, batches: Optional[BucketBatches] = None, **options: Any) -> None:
         self.plan = batches
         if batches is not None:
-            # Whole global batches, so nothing is left to fill up or to drop.
+            # Whole global batches, so nothing is left to fill up or to drop here.
             samples = len(batches)
         super().__init__(samples, **options)
+
+    @property
+    def fills(self) -> int:
+        """Slots of a whole epoch that no sample fills; with buckets they are in the order already."""
+        return super().fills if self.plan is None else self.plan.fills
 
     def order(self, epoch: int) -> list[int]:
         """The samples of an epoch, in order."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from muybridge.batch import Batch
+from muybridge.batch import Batch, joined_presence
 from muybridge.diffusion.conditioning import Conditioning
 from muybridge.errors import UsageError
 
@@ -37,7 +37,7 @@ def collate(clips: Sequence[Batch]) -> Batch:
         conditioning=Conditioning.cat(conditionings) if conditionings else None,
         weights=tensors("weights"),
         fps=rate(clips),
-        present=None if all(c.present is None for c in clips) else torch.cat([present(c) for c in clips]),
+        present=joined_presence(clips),
         remarks=None
         if all(c.remarks is None for c in clips)
         else [r for c in clips for r in c.remarks or [""] * len(c)],
@@ -48,8 +48,3 @@ def rate(clips: Sequence[Batch]) -> float | None:
     """The one rate of all clips; ``None`` where they differ, since a batch has room for one."""
     rates = [clip.fps for clip in clips if clip.fps is not None]
     return rates[0] if rates and max(rates) - min(rates) <= 0.01 * rates[0] else None
-
-
-def present(clip: Batch) -> torch.Tensor:
-    """Which of a batch's clips are there."""
-    return clip.present if clip.present is not None else torch.ones(len(clip), dtype=torch.bool)

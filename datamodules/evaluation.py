@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any
 
-import torch
-from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from muybridge.batch import Batch
 from muybridge.errors import UsageError
 
 
 class EvaluationSampler(DistributedSampler):
-    """Indices of one rank, for :class:`EvaluationSet`; a repeat that only fills up is given as ``~index``, below zero.
+    """Indices of one rank; a repeat that only fills up is given as ``~index``, for :class:`~datamodules.filling.FilledSet`.
 
     A sharded network hangs where one rank takes a step more than another, and a clip that counts twice shifts a mean. So
     ranks take turns as in training, and where the samples do not go round, repeats are dealt that count for nothing. One
@@ -45,30 +40,3 @@ class EvaluationSampler(DistributedSampler):
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.dealt[self.rank :: self.num_replicas])
-
-
-class EvaluationSet(Dataset[Batch]):
-    """A dataset of batches of one, read by the indices of :class:`EvaluationSampler`: a repeat is marked as absent.
-
-    Args:
-        data: The dataset.
-    """
-
-    def __init__(self, data: Dataset[Batch]) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)  # type: ignore[arg-type]
-
-    def __getitem__(self, key: int) -> Batch:
-        if key >= 0:
-            return self.data[key]
-        # Without a remark: it is not a clip that could not be read, and is not to be counted as one.
-        return replace(self.data[~key], present=torch.tensor([False]), remarks=None)
-
-    def __getitems__(self, keys: Sequence[int]) -> list[Batch]:
-        """Several at once, in one batch where the dataset can do that."""
-        together: Any = getattr(self.data, "__getitems__", None)
-        if together is not None and min(keys) >= 0:
-            return together(keys)
-        return [self[key] for key in keys]

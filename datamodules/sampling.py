@@ -24,8 +24,9 @@ class ResumableSampler(DistributedSampler):
     """Indices of one rank; each iteration is the next epoch, and the first may begin inside one.
 
     Position ``p`` of an epoch goes to rank ``p mod ranks``, so ranks together read ``batch_size · ranks`` consecutive
-    positions a step. An epoch is whole global batches: where the samples do not fill the last one, it is filled up with the
-    epoch's first samples, or left out. (It is a ``DistributedSampler`` so that Lightning leaves it in its place.)
+    positions a step. An epoch is whole global batches: where the samples do not fill the last one, it is left out, or filled
+    up with repeats that count for nothing, given as ``~index`` for :class:`~datamodules.filling.FilledSet`. (It is a
+    ``DistributedSampler`` so that Lightning leaves it in its place.)
 
     Args:
         size: Number of samples.
@@ -82,6 +83,11 @@ class ResumableSampler(DistributedSampler):
         self.begun = False
         self.on_epoch: Optional[Callable[[], None]] = None
 
+    @property
+    def fills(self) -> int:
+        """Slots of a whole epoch, on all ranks together, that no sample fills."""
+        return max(self.total_size - self.size, 0)
+
     def batches(self, offset: int = 0) -> int:
         """Steps from position ``offset`` of an epoch to its end."""
         left = max(self.size - offset, 0)
@@ -118,8 +124,8 @@ class ResumableSampler(DistributedSampler):
         self.begun = True
         order = self.order(self.epoch)
         end = self.offset + self.batches(self.offset) * self.global_batch
-        # Past the end the epoch's own order starts again; several times, where there are fewer samples than ranks.
-        return iter([order[p % self.size] for p in range(self.offset + self.rank, end, self.num_replicas)])
+        places = range(self.offset + self.rank, end, self.num_replicas)
+        return iter([order[p] if p < self.size else ~order[p % self.size] for p in places])
 
     def __len__(self) -> int:
         """Samples of this rank in a whole epoch, wherever this one begins: Lightning counts batches from it."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Optional
 
+import torch
 from torch import Tensor
 
 from muybridge.diffusion.conditioning import Conditioning
@@ -25,8 +26,8 @@ class Batch:
         weights: Motion weights on the latent grid, (B, 1, F, H, W).
         fps: Frames per second of the clips.
         present: (B,), False for a clip that could not be read and was skipped: its pixels are zero and no loss may count it.
-            A skipped clip keeps its slot, so that every rank still takes the same number of steps; so does, in evaluation, a
-            repeat that fills up a rank's share. ``None``: all are there.
+            A skipped clip keeps its slot, so that every rank still takes the same number of steps; so does a repeat that only
+            fills up a batch or a rank's share. ``None``: all are there.
         remarks: What there is to say of each clip, mostly nothing; of a skipped one, why.
     """
 
@@ -64,3 +65,11 @@ class Batch:
     def pin_memory(self) -> Batch:
         """A copy in pinned memory; the data loader calls it."""
         return self._map(lambda x: x.pin_memory() if isinstance(x, Tensor) else x._map(lambda y: y.pin_memory()))
+
+
+def joined_presence(parts: Sequence[Any]) -> Optional[Tensor]:
+    """Which samples of several batches are there, in a row; ``None`` where all are."""
+    if all(part.present is None for part in parts):
+        return None
+    there = [torch.ones(len(p), dtype=torch.bool) if p.present is None else p.present for p in parts]
+    return torch.cat(there)

@@ -97,8 +97,8 @@ class BucketBatches:
     Args:
         bucket_of: The bucket of every sample; ``None`` for those that are left out.
         global_batch: Samples of a step, on all ranks together.
-        leftover: Where a bucket does not fill its last batch: ``pad`` fills it up with the bucket's own first samples,
-            ``drop`` leaves those samples out of this epoch.
+        leftover: Where a bucket does not fill its last batch: ``pad`` fills it up with repeats that count for nothing, given as
+            ``~sample``; ``drop`` leaves those samples out of this epoch.
         seed: The order is a function of it and the epoch.
         shuffle: Draw a new order every epoch; samples and batches stay as they are listed where not.
         weights: One for each sample: every bucket's share of an epoch is then its share of the weight, drawn with replacement.
@@ -136,12 +136,19 @@ class BucketBatches:
         count = self.counts.get(bucket, 0) / self.global_batch
         return math.floor(count) if self.leftover == "drop" else math.ceil(count)
 
+    @property
+    def fills(self) -> int:
+        """Slots of every epoch that no sample fills. Drawn with replacement, there are samples for all."""
+        if self.leftover == "drop" or self.weights:
+            return 0
+        return len(self) - sum(self.counts.values())
+
     def __len__(self) -> int:
-        """Samples in the order of every epoch."""
+        """Slots in the order of every epoch."""
         return self.global_batch * sum(self.batches(bucket) for bucket in self.members)
 
     def order(self, epoch: int) -> list[int]:
-        """All samples of an epoch; each stretch of ``global_batch`` is of one bucket."""
+        """All samples of an epoch, and what fills up; each stretch of ``global_batch`` is of one bucket."""
         parts: list[list[int]] = []
         for bucket in sorted(self.members):
             samples = self.members[bucket]
@@ -154,7 +161,8 @@ class BucketBatches:
                 samples = [samples[i] for i in torch.randperm(len(samples), generator=generator).tolist()]
             for batch in range(self.batches(bucket)):
                 begin = batch * self.global_batch
-                parts.append([samples[i % len(samples)] for i in range(begin, begin + self.global_batch)])
+                places = range(begin, begin + self.global_batch)
+                parts.append([samples[i] if i < len(samples) else ~samples[i % len(samples)] for i in places])
         if self.shuffle:
             generator = keyed_generator(self.seed, "batches", epoch)
             parts = [parts[i] for i in torch.randperm(len(parts), generator=generator).tolist()]
@@ -172,7 +180,7 @@ class Row:
         bucket: Its shape.
         clips: How many clips it holds.
         batches: Its global batches in an epoch.
-        repeated: Clips that come twice in an epoch, to fill the last batch.
+        empty: Slots of its last batch that no clip fills.
         dropped: Clips that an epoch leaves out, each epoch others.
         enlarged: Clips whose pictures are smaller than the bucket.
     """
@@ -180,7 +188,7 @@ class Row:
     bucket: Bucket
     clips: int
     batches: int
-    repeated: int
+    empty: int
     dropped: int
     enlarged: int
 
@@ -214,12 +222,10 @@ def show(table: Sequence[Row], left_out: Sequence[str]) -> str:
 
     out = Table(title="clips by bucket (frames x height x width)", title_justify="left")
     out.add_column("bucket")
-    for name in ("clips", "batches an epoch", "repeated to fill", "left over", "enlarged"):
+    for name in ("clips", "batches an epoch", "empty slots", "left over", "enlarged"):
         out.add_column(name, justify="right")
     for row in table:
-        out.add_row(
-            str(row.bucket), *(str(n) for n in (row.clips, row.batches, row.repeated, row.dropped, row.enlarged))
-        )
+        out.add_row(str(row.bucket), *(str(n) for n in (row.clips, row.batches, row.empty, row.dropped, row.enlarged)))
     text = StringIO()
     Console(file=text, width=100).print(out)
     reasons = Counter(kind(reason) for reason in left_out)

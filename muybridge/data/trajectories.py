@@ -20,6 +20,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from muybridge.batch import joined_presence
 from muybridge.data.cache import check_same
 from muybridge.data.shards import ShardReader, ShardWriter, find_broken, remove, sweep
 from muybridge.diffusion.conditioning import Conditioning
@@ -39,6 +40,7 @@ class TrajectoryBatch:
         latents: (B, S, C, F, H, W), the state at each time.
         prompts: What was sampled.
         conditioning: Text embeddings, where there is a cache of them.
+        present: (B,), False for a repeat that only fills up a batch: no loss may count it. ``None``: all are there.
     """
 
     ids: list[str]
@@ -46,6 +48,7 @@ class TrajectoryBatch:
     latents: Tensor
     prompts: list[str]
     conditioning: Optional[Conditioning] = None
+    present: Optional[Tensor] = None
 
     def __post_init__(self) -> None:
         if not len(self.ids) == len(self.times) == len(self.latents) == len(self.prompts):
@@ -59,8 +62,8 @@ class TrajectoryBatch:
         return len(self.ids)
 
     def _map(self, function: Callable[[Any], Any]) -> TrajectoryBatch:
-        conditioning = None if self.conditioning is None else function(self.conditioning)
-        return replace(self, times=function(self.times), latents=function(self.latents), conditioning=conditioning)
+        moved = ("times", "latents", "conditioning", "present")
+        return replace(self, **{k: function(getattr(self, k)) for k in moved if getattr(self, k) is not None})
 
     def to(self, *args: Any, **kwargs: Any) -> TrajectoryBatch:
         """A copy moved like ``Tensor.to``; Lightning calls it to bring a batch to its device."""
@@ -87,6 +90,7 @@ class TrajectoryBatch:
             latents=torch.cat([p.latents for p in parts]),
             prompts=[x for p in parts for x in p.prompts],
             conditioning=Conditioning.cat(conditionings) if conditionings else None,
+            present=joined_presence(parts),
         )
 
 

@@ -15,8 +15,8 @@ from support.jobs import finetuning, trainer
 from support.ranks import run_ranks
 
 from callbacks.samples import Samples
-from datamodules.evaluation import EvaluationSampler, EvaluationSet
-from datamodules.prompts import PromptData, PromptDataset
+from datamodules.evaluation import EvaluationSampler
+from datamodules.prompts import PromptData
 from datamodules.video import VideoData
 from muybridge.data.buckets import Bucket
 from muybridge.errors import UsageError
@@ -58,15 +58,6 @@ def test_each_counts_once_and_every_rank_has_the_same_batches(sizes: list[int], 
 def test_nothing_to_evaluate_is_an_error() -> None:
     with pytest.raises(UsageError, match="nothing to evaluate"):
         EvaluationSampler([[], []])
-
-
-def test_a_repeat_is_the_same_batch_marked_as_absent() -> None:
-    data = EvaluationSet(PromptDataset(["a", "b"], ["x", "y"]))
-    repeat = data[~1]
-    assert (repeat.ids, repeat.prompts) == (["b"], ["y"])
-    assert repeat.present is not None
-    assert repeat.present.tolist() == [False]
-    assert data[1].present is None
 
 
 # -- through Lightning -------------------------------------------------------------------------------------------------

@@ -24,9 +24,10 @@ class Gaps(Latents):
     """Latents of which some could not be read."""
 
     absent: tuple[int, ...] = ()
+    same = False
 
     def __getitem__(self, index: int) -> Batch:
-        clip = super().__getitem__(index)
+        clip = super().__getitem__(0 if self.same else index)
         if index not in self.absent:
             return replace(clip, present=torch.tensor([True]))
         assert clip.latents is not None
@@ -36,21 +37,30 @@ class Gaps(Latents):
 class GapClips(LatentClips):
     """A datamodule of :class:`Gaps`."""
 
-    def __init__(self, *args: object, absent: tuple[int, ...] = (), **kwargs: object) -> None:
+    def __init__(self, *args: object, absent: tuple[int, ...] = (), same: bool = False, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
-        self.shuffle, self.absent = False, absent
+        self.shuffle, self.absent, self.same = False, absent, same
 
     def train_dataset(self) -> Gaps:
         clips = Gaps(self.shape, self.count)
-        clips.absent = self.absent
+        clips.absent, clips.same = self.absent, self.same
         return clips
 
 
-def uneven(path: str, kind: str, root: str, count: int, absent: tuple[int, ...], prompts: tuple[str, ...] = ()) -> Left:
+def uneven(
+    path: str,
+    kind: str,
+    root: str,
+    count: int,
+    absent: tuple[int, ...],
+    prompts: tuple[str, ...] = (),
+    same: bool = False,
+) -> Left:
     """Two updates of global batches of four."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     job, watch = finetuning(path, optimizer=steady), Watch()
-    data = GapClips(job.backbone.latent_shape(9, 16, 16), count=count, batch_size=4 // world, absent=absent)
+    shape = job.backbone.latent_shape(9, 16, 16)
+    data = GapClips(shape, count=count, batch_size=4 // world, absent=absent, same=same)
     callbacks = [watch, *([Samples(prompts=prompts, every=1)] if prompts else [])]
     run = trainer(root, max_steps=2, limit_val_batches=0, strategy=strategy(kind), devices=world, callbacks=callbacks)
     run.fit(job, data)
@@ -77,9 +87,20 @@ def test_a_clip_skipped_on_one_rank_leaves_the_mean_over_the_others(
 
 def test_one_clip_on_every_rank_is_noised_on_each_anew(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     path = str(tiny_checkpoint("wan"))
-    wanted = uneven(path, "one", str(tmp_path / "one"), 1, ())
-    found, _ = run_ranks(uneven, path, "ddp", str(tmp_path / "ddp"), 1, (), world=2)
+    wanted = uneven(path, "one", str(tmp_path / "one"), 8, (), (), True)
+    found, _ = run_ranks(uneven, path, "ddp", str(tmp_path / "ddp"), 8, (), (), True, world=2)
     agree(found, wanted)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "folder"])
+def test_clips_that_do_not_go_round_are_trained_on_once(tiny_checkpoint: Tiny, tmp_path: Path, kind: str) -> None:
+    """Five clips: a whole global batch, and one of a single clip, so that the second rank's share is nothing but fills."""
+    path = str(tiny_checkpoint("wan"))
+    wanted = uneven(path, "one", str(tmp_path / "one"), 5, ())
+    found, _ = run_ranks(uneven, path, kind, str(tmp_path / kind), 5, (), world=2)
+    agree(found, wanted)
+    # And what fills is as good as not there: with batches of five all are in the first update.
+    assert uneven(path, "one", str(tmp_path / "again"), 8, (5, 6, 7)).losses == pytest.approx(wanted.losses, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "folder"])

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Optional
 
 import lightning.pytorch as pl
@@ -13,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.base import ResumableData
+from muybridge.batch import joined_presence
 
 QUIET: dict[str, Any] = dict(
     accelerator="cpu",
@@ -27,15 +29,35 @@ for _name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
-class Indices(Dataset[int]):
+@dataclass(frozen=True)
+class Some:
+    """A batch of numbers."""
+
+    numbers: torch.Tensor
+    present: Optional[torch.Tensor] = None
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def to(self, *args: Any, **kwargs: Any) -> Some:
+        return self
+
+    @property
+    def there(self) -> torch.Tensor:
+        """Those that count."""
+        return self.numbers if self.present is None else self.numbers[self.present]
+
+
+class Indices(Dataset[Some]):
     def __init__(self, size: int) -> None:
         self.size = size
 
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> int:
-        return index
+    def __getitem__(self, index: int) -> Some:
+        assert 0 <= index < self.size
+        return Some(torch.tensor([index]))
 
 
 class Numbers(ResumableData):
@@ -45,19 +67,19 @@ class Numbers(ResumableData):
         super().__init__(**{"num_workers": 0, **options})
         self.size, self.validation = size, validation
 
-    def train_dataset(self) -> Dataset[int]:
+    def train_dataset(self) -> Dataset[Some]:
         return Indices(self.size)
 
     @staticmethod
-    def collate(clips: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(clips)
+    def collate(clips: Sequence[Some]) -> Some:
+        return Some(torch.cat([c.numbers for c in clips]), joined_presence(clips))
 
     def val_dataloader(self) -> Any:
-        return DataLoader(Indices(4), batch_size=2) if self.validation else []
+        return DataLoader(Indices(4), batch_size=2, collate_fn=self.collate) if self.validation else []
 
 
 class Recorder(pl.LightningModule):
-    """Records the samples of each step on this rank."""
+    """Records the samples of each step on this rank, without those that only fill up."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,11 +87,11 @@ class Recorder(pl.LightningModule):
         self.seen: list[list[int]] = []
         self.validated: list[int] = []
 
-    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        self.seen.append(batch.tolist())
-        return self.layer(batch[:, None].float() / 100).square().mean()
+    def training_step(self, batch: Some, batch_idx: int) -> torch.Tensor:
+        self.seen.append(batch.there.tolist())
+        return self.layer(batch.numbers[:, None].float() / 100).square().mean()
 
-    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+    def validation_step(self, batch: Some, batch_idx: int) -> None:
         if batch_idx == 0:
             self.validated.append(len(self.seen))
 
