@@ -1,8 +1,19 @@
 """What is trained: one LightningModule a job."""
 
 from lightning_modules.base import DiffusionModule, Sampling
+from lightning_modules.distillation import Clips, Distillation
 from lightning_modules.finetuning import Finetuning
 from lightning_modules.optimization import LearningRate
 from lightning_modules.parallel import FullyShard
+from lightning_modules.trajectory import TrajectoryDistillation
 
-__all__ = ["DiffusionModule", "Finetuning", "FullyShard", "LearningRate", "Sampling"]
+__all__ = [
+    "Clips",
+    "DiffusionModule",
+    "Distillation",
+    "Finetuning",
+    "FullyShard",
+    "LearningRate",
+    "Sampling",
+    "TrajectoryDistillation",
+]

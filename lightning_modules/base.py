@@ -92,6 +92,10 @@ class DiffusionModule(pl.LightningModule, ABC):
     def check_text(self) -> None:
         """Refuse a job that will want a text it can't have; called once caches are known, before weights load."""
 
+    def to_average(self) -> Optional[set[str]]:
+        """Names of the trained parameters that ``callbacks.EMA`` averages; all of them where ``None``."""
+        return None
+
     @property
     @abstractmethod
     def sampled(self) -> Backbone:
@@ -142,7 +146,7 @@ class DiffusionModule(pl.LightningModule, ABC):
             for backbone in roles.values():
                 strategy.shard(backbone)
         if self.average_requested:
-            self.average = WeightAverage(self)
+            self.average = WeightAverage(self, self.to_average())
 
     def _take_cache(self) -> None:
         """Check the datamodule's cache against the model, and let it stand in for the text encoder."""
@@ -272,6 +276,18 @@ class DiffusionModule(pl.LightningModule, ABC):
                 "add text_encoder to the backbone's components, or take the prompts from the cached captions",
             )
 
+    def share_of_batch(self, batch: Batch) -> Tensor:
+        """Samples that are there, over all ranks, per rank.
+
+        Strategies average gradients over ranks; dividing by this rather than by the rank's own count makes that the mean
+        over the samples, also where clips were skipped on one rank alone. All ranks call it together.
+        """
+        count = torch.tensor(float(len(batch)), device=self.device)
+        if batch.present is not None:
+            count = batch.present.sum().to(self.device, torch.float32)
+        share = self.trainer.strategy.reduce(count, reduce_op="mean")
+        return share if float(share) > 0 else torch.ones_like(count)
+
     def averaged(self) -> AbstractContextManager[Any]:
         """Inside it the averaged weights are in place, where the run keeps an average."""
         return self.average.swapped(self) if self.average is not None else nullcontext()
@@ -284,12 +300,20 @@ class DiffusionModule(pl.LightningModule, ABC):
         return torch.stack([keyed_noise(shape, sampling.seed, "sample", i) for i in ids]).to(self.sampled.device)
 
     @torch.no_grad()
-    def make_videos(self, batch: Batch, sampling: Sampling, on_step: Any = None) -> Tensor:
+    def make_videos(
+        self, batch: Batch, sampling: Sampling, on_step: Any = None, backbone: Optional[Backbone] = None
+    ) -> Tensor:
         """Videos for a batch of prompts, pixels (B, 3, F, H, W) in [-1, 1].
 
         Under a sharded strategy every rank must call this together.
+
+        Args:
+            batch: Ids and prompts.
+            sampling: How.
+            on_step: Called after each step of the sampler.
+            backbone: Which of the job's; the one whose videos are its result where not given.
         """
-        backbone = self.sampled
+        backbone = backbone if backbone is not None else self.sampled
         conditioning = self.text(batch, backbone)
         empty = None if sampling.guidance == 1.0 else backbone.unconditional(sampling.negative_prompt)
         modes = [(module, module.training) for module in backbone.modules()]
@@ -356,6 +380,14 @@ def check_weights(given: set[str], wanted: set[str], job: str) -> None:
         "the same adapter, trainable and EMA settings as in the run that wrote it",
         "add or remove callbacks.EMA" if averages else "use that run's config.yaml",
     )
+
+
+def present_sum(values: Tensor, present: Optional[Tensor]) -> Tensor:
+    """The sum over the samples that are there.
+
+    A skipped clip is blanked rather than cut out, so that its rank still runs the same backward.
+    """
+    return values.sum() if present is None else torch.where(present, values, torch.zeros_like(values)).sum()
 
 
 def freeze(module: nn.Module, trainable: Optional[str] = None) -> list[str]:

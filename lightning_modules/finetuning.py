@@ -11,7 +11,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_modules.base import DiffusionModule, Sampling, freeze
+from lightning_modules.base import DiffusionModule, Sampling, freeze, present_sum
 from lightning_modules.optimization import LearningRate
 from muybridge.backbones.adapters import LoRA, check_lora, inject, resolve_range
 from muybridge.backbones.base import Backbone
@@ -170,6 +170,7 @@ class Finetuning(DiffusionModule):
             conditioning=text,
             weights=batch.weights,
             schedule=schedule,
+            present=batch.present,
         )
 
     def draw(self, batch: Batch, shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,18 +228,6 @@ class Finetuning(DiffusionModule):
             means = {f"train/{n}": present_sum(v, batch.present) / share for n, v in values.items()}
             self.log_dict(means, batch_size=size, sync_dist=True)
         return loss
-
-    def share_of_batch(self, batch: Batch) -> Tensor:
-        """Samples that are there, over all ranks, per rank.
-
-        Strategies average gradients over ranks; dividing by this rather than by the rank's own count makes that the mean
-        over the samples, also where clips were skipped on one rank alone. All ranks call it together.
-        """
-        count = torch.tensor(float(len(batch)), device=self.device)
-        if batch.present is not None:
-            count = batch.present.sum().to(self.device, torch.float32)
-        share = self.trainer.strategy.reduce(count, reduce_op="mean")
-        return share if float(share) > 0 else torch.ones_like(count)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """The gradient norm, before clipping; an update that is not finite is skipped, on all ranks."""
@@ -326,14 +315,6 @@ class Finetuning(DiffusionModule):
             if self.adapter is not None:
                 return [str(p) for p in export_adapter(self.backbone, out)]
             return [str(export_pipeline(self.backbone, out))]
-
-
-def present_sum(values: Tensor, present: Optional[Tensor]) -> Tensor:
-    """The sum over the samples that are there.
-
-    A skipped clip is blanked rather than cut out, so that its rank still runs the same backward.
-    """
-    return values.sum() if present is None else torch.where(present, values, torch.zeros_like(values)).sum()
 
 
 def check_trainable(backbone: Backbone, trainable: str) -> None:

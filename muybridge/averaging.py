@@ -7,8 +7,9 @@ them like everything else, and each rank averages its own part without talking t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +25,15 @@ class WeightAverage(nn.Module):
 
     Args:
         module: Its trained parameters are averaged. Make the average after adapters, freezing and sharding.
+        only: Names of those to average, where not all are.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, only: Optional[Collection[str]] = None) -> None:
         super().__init__()
         reshard(module)
         self._names: dict[str, str] = {}
         for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad and (only is None or name in only):
                 key = name.replace(".", "__")
                 if key in self._names:
                     raise ValueError(f"{name} and {self._names[key]} would share one buffer")

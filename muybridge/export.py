@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Optional
 
 from muybridge.backbones.base import Backbone
 from muybridge.backbones.comfy import FAMILIES
 from muybridge.errors import UsageError
+from muybridge.few_step_scheduler import write_scheduler
 
 
 def fresh_directory(out: str) -> tuple[Path, Path]:
@@ -25,12 +28,14 @@ def fresh_directory(out: str) -> tuple[Path, Path]:
     return final, partial
 
 
-def export_pipeline(backbone: Backbone, out: str) -> Path:
+def export_pipeline(backbone: Backbone, out: str, steps: Optional[Sequence[float]] = None) -> Path:
     """A complete pipeline directory: the trained networks, and everything else as the source checkpoint has it.
 
     Args:
         backbone: With full (unsharded) weights and no adapter on it.
         out: A new directory.
+        steps: Times of a few-step student; its scheduler is then one that takes these, see
+            :mod:`muybridge.few_step_scheduler`.
     """
     if not backbone.networks:
         raise ValueError("nothing is loaded: materialize the backbone first")
@@ -52,6 +57,9 @@ def export_pipeline(backbone: Backbone, out: str) -> Path:
     for name, network in backbone.networks.items():
         network.save_pretrained(partial / name, safe_serialization=True)  # type: ignore[operator]
         index[name] = ["diffusers", type(network).__name__]
+    if steps is not None:
+        trained = backbone.checkpoint.config("scheduler")
+        index["scheduler"] = write_scheduler(partial / "scheduler", backbone.schedule, trained, steps)
     (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     if final.exists():
         final.rmdir()

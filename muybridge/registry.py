@@ -24,12 +24,15 @@ LOSSES: dict[str, str] = {
     "DistributionMatching": "muybridge.losses.distribution_matching",
     "MotionScoreMatching": "muybridge.losses.motion_score_matching",
     "Regression": "muybridge.losses.regression",
+    "TrajectoryRegression": "muybridge.losses.trajectory_regression",
     "Adversarial": "muybridge.losses.adversarial",
 }
 """Class name of every loss and the module it lives in."""
 
 MODULES: dict[str, str] = {
     "Finetuning": "lightning_modules.finetuning",
+    "TrajectoryDistillation": "lightning_modules.trajectory",
+    "Distillation": "lightning_modules.distillation",
     "Autoencoder": "lightning_modules.autoencoder",
 }
 
@@ -72,10 +75,15 @@ VERBS: dict[str, Verb] = {
     "predict": Verb("make videos", "loop"),
     "export": Verb("turn a checkpoint into a diffusers pipeline, or into adapter files", "job"),
     "cache": Verb("encode latents and text embeddings once, for training without VAE and text encoder", "job"),
+    "trajectories": Verb("write a teacher's paths from noise to clean, for a student to learn from", "job"),
     "consolidate": Verb("turn a sharded checkpoint folder into one file", "tool"),
+    "invert": Verb("write the noise that a model would make each clip of", "tool"),
+    "probe": Verb("find the time above which a model settles motion and below which it settles appearance", "tool"),
+    "customize": Verb("teach a model the motion of one clip, and show it on new subjects", "tool"),
     "demo": Verb("a first run from nothing: fit, predict and export a tiny model on toy clips", "tool"),
     "tiny": Verb("write a tiny checkpoint with random weights, or toy clips, to try things on", "tool"),
     "proving-ground": Verb("write clips of ten motions whose law, flow and tracks are known", "tool"),
+    "proving-ground-reader": Verb("train the reader that says which motion, shape and colour a clip shows", "tool"),
     "list": Verb("list what ships: verbs, backbones, losses, modules, datamodules, callbacks, tiny, configs", "tool"),
 }
 """Name of every verb; those of Lightning are methods of its Trainer, the others live in ``muybridge/cli/verbs``."""

@@ -4,7 +4,7 @@
 """
 
 from muybridge.backbones.adapter_files import Format, load_adapter, save_adapter
-from muybridge.backbones.gates import Gate, disabled, gate_by_time, resolve_range
+from muybridge.backbones.gates import Gate, disabled, gate_by_time, only, resolve_range, switch_to
 from muybridge.backbones.lora import (
     Adapter,
     LoRA,
@@ -29,7 +29,9 @@ __all__ = [
     "inject",
     "load_adapter",
     "merge_adapter",
+    "only",
     "remove_adapter",
     "resolve_range",
     "save_adapter",
+    "switch_to",
 ]

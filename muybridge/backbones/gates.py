@@ -117,6 +117,33 @@ def disabled(backbone: Backbone | nn.Module, name: Optional[str] = None) -> Iter
         before.restore()
 
 
+def switch_to(module: nn.Module, name: str) -> Switches:
+    """Switch on the adapter ``name`` and off all others; returns how they were switched before."""
+    before = Switches(module)
+    for layer in adapter_layers(module).values():
+        layer._disable_adapters = name not in layer.lora_A
+        if name in layer.lora_A:
+            layer._active_adapter = [name]
+    return before
+
+
+@contextmanager
+def only(backbone: Backbone | nn.Module, name: str) -> Iterator[None]:
+    """Inside it the adapter ``name`` is on and all others are off: several models that share one base.
+
+    As for :func:`disabled`, gradients may flow and ``backward()`` may come after the context is left.
+
+    Args:
+        backbone: A backbone, or any module with adapters.
+        name: The adapter that acts.
+    """
+    before = switch_to(backbone, name)
+    try:
+        yield
+    finally:
+        before.restore()
+
+
 # -- time --------------------------------------------------------------------------------------------------------------
 
 

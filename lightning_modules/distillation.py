@@ -1,0 +1,836 @@
+"""Few-step distillation: a student that learns from a teacher's and a critic's scores of what it makes."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Optional
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_modules.base import DiffusionModule, Sampling, present_sum
+from lightning_modules.finetuning import MAX_SKIPPED, unique_names
+from lightning_modules.optimization import LearningRate
+from lightning_modules.parallel import FullyShard
+from muybridge.backbones.adapters import LoRA, adapter_parameters, check_lora, disabled, inject, only, switch_to
+from muybridge.backbones.base import Backbone
+from muybridge.backbones.sharding import local, reshard
+from muybridge.batch import Batch
+from muybridge.data.trajectories import TrajectoryBatch
+from muybridge.diffusion.conditioning import Conditioning
+from muybridge.diffusion.draws import keyed_generator
+from muybridge.diffusion.predictions import guide
+from muybridge.diffusion.rollouts import noised, simulate
+from muybridge.diffusion.samplers import check_steps
+from muybridge.diffusion.steps import ScoreStep
+from muybridge.diffusion.timesteps import Shifted, TimestepSampler
+from muybridge.errors import UsageError
+from muybridge.export import export_pipeline
+from muybridge.losses import Adversarial, Loss, MotionScoreMatching, Regression
+
+Role = Literal["student", "teacher", "critic"]
+NOISE_LEVELS = (0.0, 250.0, 500.0, 750.0, 1000.0)
+"""Between these times the critic's loss is logged by itself."""
+
+
+@dataclass
+class Clips:
+    """The clips that a student makes, in training and for samples.
+
+    Args:
+        frames: Frames of a clip.
+        height: Height in pixels.
+        width: Width in pixels.
+        fps: Frames per second of the files.
+        seed: The noise of a sampled clip is a function of this seed and the clip's id alone.
+    """
+
+    frames: int = 81
+    height: int = 480
+    width: int = 832
+    fps: float = 16.0
+    seed: int = 0
+
+
+@dataclass
+class Draw:
+    """All that is random in one turn of one micro-batch.
+
+    Args:
+        u: Where in the distribution of score times, (B,).
+        start: The noise that the student begins with.
+        noise: The noise of the scores.
+        generators: One for each sample, for the noises between steps.
+    """
+
+    u: Tensor
+    start: Tensor
+    noise: Tensor
+    generators: list[torch.Generator]
+
+
+class Distillation(DiffusionModule):
+    r"""Distil a teacher of many steps into a student of a few (DMD2, and motion score matching with it).
+
+    In a student turn the student makes clips, and the losses pull them along the difference of two scores: the teacher's, with
+    guidance, and the critic's. In a critic turn the critic learns to denoise what the student makes now. All three start from
+    the teacher's weights. An iteration is one update of the critic; every ``update_ratio``-th, from the first on, is one of the
+    student too. ``trainer.max_steps`` and all else that Lightning counts are iterations; averages and samples count updates of
+    the student.
+
+    Args:
+        teacher: The model that is distilled; frozen.
+        losses: What pulls the student: ``DistributionMatching``, beside it ``MotionScoreMatching``, ``Regression``,
+            ``Adversarial``, or your own of a ``ScoreStep``.
+        steps: The student's times, falling from 1000, as its network is given them (already shifted).
+        student: Where the student begins, if not at the teacher's weights: an earlier stage's export, or a causal one. Its times
+            are then drawn for each block.
+        critic: Where the critic begins, if not at the teacher's weights.
+        student_lora: Train the student as an adapter on the teacher's weights rather than as a copy of them.
+        critic_lora: Train the critic as an adapter on the teacher's weights rather than as a copy of them. With both,
+            memory holds the weights once.
+        loss_weights: A weight for each loss; all 1 where not given.
+        rollout: ``backward_simulation``: the student makes its own inputs from noise, as it does when it samples, and needs
+            prompts alone. ``noised_data``: its inputs are real clips, noised to one of its steps.
+        guidance: Standard guidance of the teacher, ``u + s (c - u)``; 1 is none. Recipes that write ``c + w (c - u)`` mean
+            ``s = w + 1``.
+        negative_prompt: The other branch of the guidance.
+        batch_guidance: Run both branches as one batch, rather than one after the other, which needs less memory.
+        score_times: At which times the scores of a student's clip are compared.
+        critic_times: At which times the critic learns; as ``score_times`` where not given.
+        update_ratio: Updates of the critic for one of the student.
+        reuse_sample: Let the critic learn from the student's clip of the same iteration, rather than from a fresh one.
+        student_optimizer: The student's optimizer.
+        critic_optimizer: The critic's optimizer.
+        student_learning_rate: Warm-up and decay of the student's learning rate, in its updates.
+        critic_learning_rate: Warm-up and decay of the critic's learning rate, in its updates.
+        student_clip: Largest norm of the student's gradient; not clipped where ``null``.
+        critic_clip: Largest norm of the critic's gradient; not clipped where ``null``.
+        student_accumulate: Micro-batches of one update of the student.
+        critic_accumulate: Micro-batches of one update of the critic.
+        clips: Size of the clips that the student makes.
+        seed: All randomness of training is a function of this seed, the sample's place in the run and its id.
+    """
+
+    def __init__(
+        self,
+        teacher: Backbone,
+        losses: list[Loss],
+        steps: list[float],
+        student: Optional[Backbone] = None,
+        critic: Optional[Backbone] = None,
+        student_lora: Optional[LoRA] = None,
+        critic_lora: Optional[LoRA] = None,
+        loss_weights: Optional[list[float]] = None,
+        rollout: Literal["backward_simulation", "noised_data"] = "backward_simulation",
+        guidance: float = 5.0,
+        negative_prompt: str = "",
+        batch_guidance: bool = True,
+        score_times: TimestepSampler = Shifted(clamp=[20.0, 980.0]),  # noqa: B008 - immutable, and printed by --print_config
+        critic_times: Optional[TimestepSampler] = None,
+        update_ratio: int = 5,
+        reuse_sample: bool = False,
+        student_optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-6, weight_decay=0.01),
+        critic_optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-6, weight_decay=0.01),
+        student_learning_rate: LearningRate = LearningRate(),  # noqa: B008
+        critic_learning_rate: LearningRate = LearningRate(),  # noqa: B008
+        student_clip: Optional[float] = 10.0,
+        critic_clip: Optional[float] = 10.0,
+        student_accumulate: int = 1,
+        critic_accumulate: int = 1,
+        clips: Clips = Clips(),  # noqa: B008
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        if not losses:
+            raise UsageError("losses is empty", "at least one loss, such as DistributionMatching")
+        weights = list(loss_weights) if loss_weights is not None else [1.0] * len(losses)
+        if len(weights) != len(losses):
+            raise UsageError(f"{len(losses)} losses and {len(weights)} loss_weights", "one weight for each loss")
+        if not guidance > 0:
+            raise UsageError(f"guidance is {guidance}", "a number above 0; 1 is none")
+        counts = {
+            "update_ratio": update_ratio,
+            "student_accumulate": student_accumulate,
+            "critic_accumulate": critic_accumulate,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                raise UsageError(f"{name} is {count}", "a whole number of 1 or more")
+        for name, limit in {"student_clip": student_clip, "critic_clip": critic_clip}.items():
+            if limit is not None and not limit > 0:
+                raise UsageError(f"{name} is {limit}", "a norm above 0, or null for none")
+        for role, given, lora in (("student", student, student_lora), ("critic", critic, critic_lora)):
+            if given is not None and lora is not None:
+                raise UsageError(
+                    f"{role} and {role}_lora are both given",
+                    "one of them: the adapter sits on the teacher's weights",
+                    f"leave {role} out, or {role}_lora",
+                )
+            if lora is not None and (lora.t_min is not None or lora.t_max is not None):
+                raise UsageError(
+                    f"{role}_lora has a time range", "none: it acts at all times", "remove t_min and t_max"
+                )
+        self.steps = check_steps(steps)
+        self.teacher = teacher
+        # Adapters live on the teacher, and what is no copy is registered once.
+        self.own_student = student if student is not None else None if student_lora is not None else _copy(teacher)
+        self.own_critic = critic if critic is not None else None if critic_lora is not None else _copy(teacher)
+        self.losses = nn.ModuleList(losses)
+        self.loss_names = unique_names(losses)
+        self.loss_weights = weights
+        self.student_lora, self.critic_lora = student_lora, critic_lora
+        self.rollout = rollout
+        self.guidance, self.negative_prompt, self.batch_guidance = guidance, negative_prompt, batch_guidance
+        self.score_times = score_times
+        self.critic_times = critic_times if critic_times is not None else score_times
+        self.update_ratio, self.reuse_sample = update_ratio, reuse_sample
+        self.optimizers_of = {"student": student_optimizer, "critic": critic_optimizer}
+        self.learning_rate_of = {"student": student_learning_rate, "critic": critic_learning_rate}
+        self.clip_of = {"student": student_clip, "critic": critic_clip}
+        self.student_accumulate, self.critic_accumulate = student_accumulate, critic_accumulate
+        self.clips = clips
+        self.sampling = Sampling(
+            steps=self.steps,
+            guidance=1.0,
+            negative_prompt=negative_prompt,
+            frames=clips.frames,
+            height=clips.height,
+            width=clips.width,
+            fps=clips.fps,
+            seed=clips.seed,
+        )
+        self.seed = seed
+        self.iterations = 0
+        self._micro = 0
+        self._skipped_in_a_row = {"student": 0, "critic": 0}
+
+    # -- setting up ------------------------------------------------------------------------------------------------
+
+    @property
+    def student(self) -> Backbone:
+        """The student; on shared weights it is what the base runs as outside of :meth:`playing`."""
+        return self.own_student if self.own_student is not None else self.teacher
+
+    @property
+    def critic(self) -> Backbone:
+        """The critic; on shared weights only inside ``playing("critic")``."""
+        return self.own_critic if self.own_critic is not None else self.teacher
+
+    def roles(self) -> dict[str, Backbone]:
+        return {"student": self.student, "teacher": self.teacher, "critic": self.critic}
+
+    @property
+    def sampled(self) -> Backbone:
+        return self.student
+
+    @property
+    def adversarial(self) -> Optional[Adversarial]:
+        """The loss that trains a discriminator, if there is one."""
+        found: list[Any] = [loss for loss in self.losses if isinstance(loss, Adversarial)]
+        return found[0] if found else None
+
+    @contextmanager
+    def playing(self, role: Role) -> Iterator[Backbone]:
+        """The backbone of a role, with the adapters switched as the role has them."""
+        backbone = self.roles()[role]
+        lora = {"student": self.student_lora, "critic": self.critic_lora, "teacher": None}[role]
+        context: AbstractContextManager[Any] = nullcontext()
+        if backbone is self.teacher and (self.student_lora is not None or self.critic_lora is not None):
+            context = disabled(backbone) if lora is None else only(backbone, role)
+        with context:
+            yield backbone
+
+    def check(self) -> None:
+        teacher = self.teacher
+        for role in ("student", "critic"):
+            backbone = self.roles()[role]
+            if backbone.family != teacher.family:
+                raise UsageError(
+                    f"the {role} is {backbone.family} and the teacher {teacher.family}",
+                    "one family: they share latents, noise levels and text",
+                    f"give the {role} a checkpoint of {teacher.family}, or leave it out to begin at the teacher's weights",
+                )
+            if (
+                backbone.geometry != teacher.geometry
+                or backbone.schedule.prediction != teacher.schedule.prediction
+                or backbone.max_text_length != teacher.max_text_length
+            ):
+                raise UsageError(
+                    f"the {role} at {backbone.checkpoint.given} has other latents, predictions or text than the teacher at"
+                    f" {teacher.checkpoint.given}",
+                    "the same VAE factors and channels, kind of prediction and max_text_length",
+                    "check the two paths",
+                )
+        known = [float(teacher.schedule.snap(torch.tensor(step))) for step in self.steps]
+        if len(set(known)) < len(known):
+            raise UsageError(
+                f"steps {self.steps} are {known} of {teacher.family}", "steps that its network tells apart"
+            )
+        for times in (self.score_times, self.critic_times):
+            times.bounds(teacher.schedule)
+        for lora in (self.student_lora, self.critic_lora):
+            if lora is not None:
+                check_lora(teacher, lora)
+        if sum(isinstance(loss, Adversarial) for loss in self.losses) > 1:
+            raise UsageError("losses name Adversarial twice", "one discriminator")
+        if self.adversarial is not None:
+            self.adversarial.read_layers(teacher)
+        frames = self.latent_shape()[1]
+        for loss in self.losses:
+            if isinstance(loss, MotionScoreMatching) and frames - loss.skip_first_frame < 2:
+                raise UsageError(
+                    f"MotionScoreMatching on clips of {self.clips.frames} frames, which are {frames} latent frames",
+                    "two latent frames or more, not counting one that is skipped",
+                    "raise clips.frames",
+                )
+        if self._trainer is not None:
+            self._check_run()
+
+    def _check_run(self) -> None:
+        """What the Trainer and the data must be like."""
+        trainer, teacher = self.trainer, self.teacher
+        if str(trainer.precision).startswith("16"):
+            raise UsageError(
+                f"trainer.precision is {trainer.precision}",
+                "32-true or bf16-mixed",
+                "loss scaling, which float16 needs, does not know of two optimizers",
+            )
+        networks = teacher.networks_between(0.0, 1000.0)
+        if len(networks) > 1 and trainer.world_size > 1:
+            raise UsageError(
+                f"{teacher.family} has {len(networks)} experts, and score times fall to all of them",
+                "a model with one network on several ranks: ranks whose times fall to different experts wait for ever",
+                "distil on one process, or a checkpoint with one network",
+            )
+        data = getattr(trainer, "datamodule", None)
+        wants_clips = self.rollout == "noised_data" or self.adversarial is not None
+        if wants_clips and hasattr(data, "texts") and not hasattr(data, "clip_sizes"):
+            why = "rollout is noised_data" if self.rollout == "noised_data" else "Adversarial compares with real clips"
+            raise UsageError(
+                f"{why}, and {type(data).__name__} has prompts alone",
+                "a datamodule with clips, such as LatentData or VideoData",
+                "give one, or set rollout to backward_simulation and leave Adversarial out",
+            )
+        check_memory(self)
+
+    def check_text(self) -> None:
+        if self.guidance != 1.0 and not self.can_encode(self.teacher, self.negative_prompt):
+            raise UsageError(
+                f"guidance is {self.guidance}, and neither a text encoder nor a cache gives the negative prompt"
+                f" {self.negative_prompt[:40]!r}",
+                "one of them",
+                "add text_encoder to the teacher's components, write the cache with this config, or set guidance to 1",
+            )
+
+    def prepare(self) -> None:
+        self.teacher.requires_grad_(False)
+        if self.adversarial is not None:
+            self.adversarial.attach(self.critic, self.seed)
+        for role, own, lora in (
+            ("student", self.own_student, self.student_lora),
+            ("critic", self.own_critic, self.critic_lora),
+        ):
+            if own is not None:
+                own.networks.requires_grad_(True)
+            else:
+                assert lora is not None
+                inject(self.teacher, lora, role)
+        if self.student_lora is not None:
+            switch_to(self.teacher, "student")
+
+    def trained(self, role: str) -> dict[str, nn.Parameter]:
+        """The parameters that a role's optimizer updates, by name."""
+        own = self.own_student if role == "student" else self.own_critic
+        inside = own.parameters() if own is not None else adapter_parameters(self.teacher, role).values()
+        wanted = {id(p) for p in inside if p.requires_grad}
+        if role == "critic" and self.adversarial is not None:
+            wanted |= {id(p) for p in self.adversarial.parameters()}
+        return {n: p for n, p in self.named_parameters() if id(p) in wanted}
+
+    def to_average(self) -> Optional[set[str]]:
+        """The student's: nobody samples the critic."""
+        return set(self.trained("student"))
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer and one schedule for each trained role."""
+        if self.trainer.max_steps > 0:
+            iterations = float(self.trainer.max_steps)
+        else:
+            iterations = float(self.trainer.estimated_stepping_batches) / self.critic_accumulate
+        made = []
+        for role in ("student", "critic"):
+            optimizer = self.optimizers_of[role](list(self.trained(role).values()))
+            updates = iterations / self.update_ratio if role == "student" else iterations
+            made.append(
+                {
+                    "optimizer": optimizer,
+                    "lr_scheduler": {"scheduler": self.learning_rate_of[role].schedule(optimizer, updates)},
+                }
+            )
+        return made
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["muybridge"] |= {"iterations": self.iterations, "steps": self.steps}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        made = checkpoint["muybridge"]
+        if made["steps"] != self.steps:
+            raise UsageError(
+                f"the checkpoint's student was trained at the steps {made['steps']}, and this config says {self.steps}",
+                "the same steps",
+                "use that run's config.yaml, or begin a new run from its export",
+            )
+        # Gradients of micro-batches are in no checkpoint: an iteration that was cut is begun anew.
+        self.iterations, self._micro = made["iterations"], 0
+
+    # -- turns -----------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch | TrajectoryBatch, batch_idx: int) -> None:
+        """One micro-batch: the student's turn where it is due, then the critic's."""
+        batch, pairs = self._clips_and_pairs(batch)
+        text = self.text(batch, self.teacher)
+        student_due = self.iterations % self.update_ratio == 0
+        turns = max(self.critic_accumulate, self.student_accumulate if student_due else 0)
+        share, sample = self.share_of_batch(batch), None
+        if student_due and self._micro < self.student_accumulate:
+            sample = self.student_turn(batch, text, share, pairs)
+        if self._micro < self.critic_accumulate:
+            self.critic_turn(batch, text, share, sample if self.reuse_sample else None)
+        self.samples_seen += len(batch) * self.trainer.world_size
+        self._micro += 1
+        # Both at the end, so that micro-batches are the parts of one large batch.
+        if self._micro == turns:
+            if student_due and self.update("student"):
+                self.updates += 1
+            self.update("critic")
+            self.iterations += 1
+            self._micro = 0
+
+    def _clips_and_pairs(self, batch: Batch | TrajectoryBatch) -> tuple[Batch, Optional[Tensor]]:
+        """Clips (encoded, where the job needs them), and the noises that the teacher made them of where there are such pairs."""
+        if isinstance(batch, TrajectoryBatch):
+            ends = batch.latents[:, -1]
+            clips = Batch(ids=batch.ids, latents=ends, prompts=batch.prompts, conditioning=batch.conditioning)
+            return clips, batch.latents[:, 0]
+        if any(isinstance(loss, Regression) for loss in self.losses):
+            raise UsageError(
+                "Regression without pairs of a noise and what the teacher made of it",
+                "data: TrajectoryData, on a folder that the teacher's sampler wrote",
+                "write one, or leave Regression out",
+            )
+        if self.rollout == "noised_data" or self.adversarial is not None:
+            batch = replace(batch, latents=self.clean_latents(batch, self.teacher))
+        return batch, None
+
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C, F, H, W) of the student's clips."""
+        self.student.check_clip(self.clips.frames, self.clips.height, self.clips.width)
+        return self.teacher.latent_shape(self.clips.frames, self.clips.height, self.clips.width)
+
+    def draw(self, batch: Batch, turn: str, shape: Sequence[int], shared_noise: bool = False) -> Draw:
+        """All that is random in a turn, on the CPU, keyed by (seed, turn, place, id) as in :class:`Finetuning`."""
+        ranks, rank = self.trainer.world_size, self.trainer.global_rank
+        u, start, noise, generators = [], [], [], []
+        for slot, name in enumerate(batch.ids):
+            generator = keyed_generator(self.seed, turn, self.samples_seen + slot * ranks + rank, name)
+            u.append(torch.rand((), generator=generator, dtype=torch.float64))
+            one = (shape[0], 1, *shape[2:]) if shared_noise else tuple(shape)
+            noise.append(torch.randn(one, generator=generator).expand(tuple(shape)))
+            start.append(torch.randn(tuple(shape), generator=generator))
+            generators.append(generator)
+        device = self.teacher.device
+        return Draw(torch.stack(u), torch.stack(start).to(device), torch.stack(noise).to(device), generators)
+
+    def exit_step(self, turn: str) -> int:
+        """At which of its steps a rollout is left: the same on all ranks, since they must run equally many forwards."""
+        generator = keyed_generator(self.seed, turn, "exit", self.iterations, self._micro)
+        return int(torch.randint(len(self.steps), (), generator=generator))
+
+    def roll_out(self, batch: Batch, text: Conditioning, turn: str, draw: Draw) -> tuple[Tensor, int]:
+        """The student's clean estimate at one of its steps, and at which; with gradient where that is enabled.
+
+        A causal student is at another step in each block, and may be at 0, where a block is clean and only looked at.
+        """
+        schedule, causal, start = self.teacher.schedule, self.student.causal, draw.start
+        with self.playing("student") as student:
+
+            def denoise(noisy: Tensor, t: Tensor) -> Tensor:
+                return student(noisy, t, text)
+
+            exit_step = self.exit_step(turn)
+            if causal is None and self.rollout == "backward_simulation":
+                z = simulate(denoise, start, schedule, self.steps[: exit_step + 1], draw.generators)[-1]
+                t = torch.full((len(z),), self.steps[exit_step], device=z.device)
+            else:
+                frames = start.shape[2]
+                t = self._times_of_samples(draw, causal.spans(frames) if causal is not None else [(0, frames)])
+                t = causal.per_frame(t, frames) if causal is not None else t[:, 0]
+                t = schedule.snap(t.to(start.device))
+                if self.rollout == "noised_data":
+                    clean = self.clean_latents(batch, self.teacher).to(start)
+                    z = noised(clean, start, schedule, t, self.steps[0])
+                else:
+                    z = self._gathered(denoise, start, t, draw)
+                exit_step = -1
+            t = schedule.snap(t)
+            return schedule.to_x0(denoise(z, t), z, t), exit_step
+
+    def _times_of_samples(self, draw: Draw, spans: list[tuple[int, int]]) -> Tensor:
+        """One of the student's steps for each block of each sample, (B, blocks); a causal student's block may be clean."""
+        known = torch.tensor([*self.steps, 0.0] if len(spans) > 1 else self.steps)
+        picks = [torch.randint(len(known), (len(spans),), generator=g) for g in draw.generators]
+        return known[torch.stack(picks)]
+
+    @torch.no_grad()
+    def _gathered(self, denoise: Any, start: Tensor, t: Tensor, draw: Draw) -> Tensor:
+        """For each frame the input that a rollout over all steps has at that frame's time; at time 0 its result."""
+        schedule = self.teacher.schedule
+        inputs = simulate(denoise, start, schedule, self.steps, draw.generators)
+        last = schedule.snap(torch.full((len(start),), self.steps[-1], device=start.device))
+        inputs.append(schedule.to_x0(denoise(inputs[-1], last), inputs[-1], last).to(start.dtype))
+        z = inputs[-1]
+        for step, given in zip(self.steps, inputs, strict=False):
+            here = t == float(schedule.snap(torch.tensor(step)))
+            z = torch.where(here[:, None, :, None, None], given, z)
+        return z
+
+    def student_turn(self, batch: Batch, text: Conditioning, share: Tensor, pairs: Optional[Tensor] = None) -> Tensor:
+        """Roll out, compare two scores, pull; the sample, detached.
+
+        Args:
+            batch: Prompts, and clips where the job needs them.
+            text: Their conditioning.
+            share: See :meth:`share_of_batch`.
+            pairs: The noises that the teacher made the batch's clips of; the student then begins with these.
+        """
+        shared_noise = any(getattr(loss, "shared_noise", False) for loss in self.losses)
+        draw = self.draw(batch, "student", self._shape(batch, pairs), shared_noise)
+        if pairs is not None:
+            draw.start = pairs.to(draw.start)
+        sample, exit_step = self.roll_out(batch, text, "student", draw)
+        # The losses see a leaf: their gradients in the sample are looked at one by one, and one backward pass takes their sum.
+        leaf = sample.detach().requires_grad_()
+        step = self.score_step(leaf, draw, text)
+        if pairs is not None and exit_step == 0:
+            step = replace(step, target=self.clean_latents(batch, self.teacher).to(leaf))
+        gradients, total = [], torch.zeros((), device=leaf.device, dtype=torch.float64)
+        for name, weight, loss in zip(self.loss_names, self.loss_weights, self.losses, strict=True):
+            value = loss(step)
+            if not isinstance(value, Tensor) or value.shape != (len(leaf),):
+                given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+                raise UsageError(f"the loss {name} returned {given}", f"one number per sample, ({len(leaf)},)")
+            mean = weight * present_sum(value, batch.present) / share
+            (gradient,) = torch.autograd.grad(mean, leaf)
+            gradients.append(gradient)
+            total = total + mean.detach()
+        self.back((sample * torch.stack(gradients).sum(0)).sum() / self.student_accumulate)
+        self._log_student(step, gradients, total, batch.present)
+        return sample.detach()
+
+    def _shape(self, batch: Batch, pairs: Optional[Tensor] = None) -> tuple[int, ...]:
+        if pairs is not None or self.rollout == "noised_data":
+            return tuple(self.clean_latents(batch, self.teacher).shape[1:])
+        return self.latent_shape()
+
+    def score_step(self, sample: Tensor, draw: Draw, text: Conditioning) -> ScoreStep:
+        """What the teacher and the critic say of a sample at one score time."""
+        schedule = self.teacher.schedule
+        t = self.score_times.quantile(draw.u, schedule).to(sample.device)
+        noisy = schedule.add_noise(sample, draw.noise.to(sample), t)
+        with torch.no_grad():
+            real = schedule.to_x0(self.guided_teacher(noisy.detach(), t, text), noisy.detach(), t)
+        logits = None
+        with self.playing("critic") as critic:
+            if self.adversarial is None:
+                with torch.no_grad():
+                    prediction = critic(noisy.detach(), t, text)
+            else:
+                with self.adversarial.reading(critic) as outputs:
+                    prediction = critic(noisy, t, text)
+                logits = self.adversarial.judge(outputs, len(sample))
+        fake = schedule.to_x0(prediction.detach(), noisy.detach(), t)
+        return ScoreStep(sample, noisy.detach(), t, real, fake, text, logits=logits)
+
+    def guided_teacher(self, noisy: Tensor, t: Tensor, text: Conditioning) -> Tensor:
+        """The teacher's prediction under guidance, both branches in one batch where asked."""
+        with self.playing("teacher") as teacher:
+            if self.guidance == 1.0:
+                return teacher(noisy, t, text)
+            empty = teacher.unconditional(self.negative_prompt).to(noisy.device)
+            if not self.batch_guidance:
+                return teacher.guided(text, empty, self.guidance)(noisy, t)
+            both = Conditioning.cat([teacher.pair_unconditional(text, empty), text])
+            without, given = teacher(torch.cat([noisy, noisy]), torch.cat([t, t]), both).chunk(2)
+            return guide(without, given, self.guidance)
+
+    def critic_turn(self, batch: Batch, text: Conditioning, share: Tensor, sample: Optional[Tensor] = None) -> None:
+        """The family's own regression, without guidance, on what the student makes now."""
+        schedule = self.teacher.schedule
+        draw = self.draw(batch, "critic", tuple(sample.shape[1:]) if sample is not None else self._shape(batch))
+        if sample is None:
+            with torch.no_grad():
+                sample, _ = self.roll_out(batch, text, "critic", draw)
+        t = self.critic_times.quantile(draw.u, schedule).to(sample.device)
+        noise = draw.noise.to(sample)
+        noisy = schedule.add_noise(sample, noise, t)
+        verdict: Optional[Tensor] = None
+        with self.playing("critic") as critic:
+            if self.adversarial is None:
+                prediction = critic(noisy, t, text)
+            else:
+                real = self.clean_latents(batch, self.teacher).to(sample)
+                # One forward of both, with the same noise: what differs is the clip alone.
+                both = torch.cat([noisy, schedule.add_noise(real, noise, t)])
+                with self.adversarial.reading(critic) as outputs:
+                    prediction = critic(both, torch.cat([t, t]), Conditioning.cat([text, text]))[: len(sample)]
+                fake_logits, real_logits = self.adversarial.judge(outputs, 2 * len(sample)).chunk(2)
+                verdict = self.adversarial.verdict(fake_logits, real_logits)
+        target = schedule.target(sample, noise, t)
+        value = ((prediction.to(target.dtype) - target) ** 2).flatten(1).mean(1)
+        loss = present_sum(value, batch.present) / share
+        if verdict is not None and self.adversarial is not None:
+            loss = loss + self.adversarial.critic_weight * present_sum(verdict, batch.present) / share
+        self.back(loss / self.critic_accumulate)
+        self._log_critic(value.detach(), verdict, t, batch.present)
+
+    # -- optimisation ----------------------------------------------------------------------------------------------
+
+    def back(self, loss: Tensor) -> None:
+        """A backward pass; ranks exchange gradients before an update, not here.
+
+        DDP's own exchange expects every backward pass to reach all trained parameters, and a turn reaches those of one role.
+        FSDP2 sums the gradients of what it sharded as they come.
+        """
+        strategy = self.trainer.strategy
+        alone = strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
+        with alone:
+            self.manual_backward(loss)
+
+    def update(self, role: str) -> bool:
+        """Exchange, measure, clip, step; a gradient that is not finite skips the step, on all ranks together."""
+        index = 0 if role == "student" else 1
+        wrapped: Any = self.optimizers()
+        optimizer = wrapped[index].optimizer
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self._exchange([p.grad for p in parameters if not hasattr(p.grad, "full_tensor")])
+        norm = total_norm([p.grad for p in parameters])
+        finite = torch.isfinite(norm).float().reshape(1)
+        finite = self.trainer.strategy.reduce(finite, reduce_op="min")
+        self.log(f"{role}/grad_norm", norm.float())
+        self.log(f"{role}/lr", optimizer.param_groups[0]["lr"])
+        fine = bool(finite.item())
+        if fine:
+            self._skipped_in_a_row[role] = 0
+            limit = self.clip_of[role]
+            if limit is not None and float(norm) > limit:
+                for parameter in parameters:
+                    local(parameter.grad).mul_(limit / float(norm))
+        else:
+            self._skip(role, parameters)
+        if role == "critic":
+            # Only this one is counted by Lightning, so that its step is an iteration.
+            wrapped[index].step()
+        else:
+            self.trainer.strategy.optimizer_step(optimizer, lambda: None, model=self)
+        if fine:
+            schedulers: Any = self.lr_schedulers()
+            schedulers[index].step()
+        optimizer.zero_grad(set_to_none=True)
+        # Forwards without gradients leave the outermost weights gathered, and the next one would find them as they were.
+        reshard(self.student if role == "student" else self.critic)
+        return fine
+
+    def _skip(self, role: str, parameters: list[nn.Parameter]) -> None:
+        self._skipped_in_a_row[role] += 1
+        if self._skipped_in_a_row[role] >= MAX_SKIPPED:
+            raise UsageError(
+                f"the {role}'s gradient was not finite in {MAX_SKIPPED} updates in a row, the last in iteration"
+                f" {self.iterations}",
+                "a run that has not diverged",
+                f"go on from an earlier checkpoint with a smaller learning rate, or a smaller {role}_clip",
+            )
+        rank_zero_warn(f"iteration {self.iterations}: the {role}'s gradient is not finite, its step is skipped")
+        for parameter in parameters:
+            parameter.grad = None
+
+    def _exchange(self, gradients: list[Any], chunk: int = 2**25) -> None:
+        """The mean over ranks, in place, in pieces of so many elements."""
+        if self.trainer.world_size == 1:
+            return
+        waiting: list[Tensor] = []
+        for place, gradient in enumerate(gradients):
+            waiting.append(gradient)
+            if sum(g.numel() for g in waiting) >= chunk or place == len(gradients) - 1:
+                flat = torch.cat([g.flatten() for g in waiting])
+                flat = self.trainer.strategy.reduce(flat, reduce_op="mean")
+                for one, part in zip(waiting, flat.split([g.numel() for g in waiting]), strict=True):
+                    one.copy_(part.view_as(one))
+                waiting = []
+
+    # -- what is logged --------------------------------------------------------------------------------------------
+
+    def _sum_up(self, values: Tensor) -> Tensor:
+        """Numbers of this rank's samples, summed over all ranks."""
+        return self.trainer.strategy.reduce(values.detach().double().clone(), reduce_op="sum")
+
+    @torch.no_grad()
+    def _log_student(self, step: ScoreStep, gradients: list[Tensor], total: Tensor, present: Optional[Tensor]) -> None:
+        gap = (step.fake_x0 - step.real_x0).abs().flatten(1).mean(1)
+        mine, theirs = motion_energy(step.sample), motion_energy(step.real_x0)
+        norms = torch.stack([gradient.double().square().sum() for gradient in gradients])
+        here = torch.stack([present_sum(x, present).double() for x in (gap, mine, theirs, torch.ones_like(gap))])
+        sums = self._sum_up(torch.cat([here, total.reshape(1), norms]))
+        count = sums[3].clamp(min=1.0)
+        self.log("student/loss", (sums[4] / self.trainer.world_size).float(), prog_bar=True)
+        self.log("student/x0_gap", (sums[0] / count).float())
+        self.log("student/motion", (sums[1] / count).float())
+        self.log("student/motion_of_teacher", (sums[2] / count).float())
+        self.log("student/motion_ratio", (sums[1] / sums[2].clamp(min=1e-30)).float(), prog_bar=True)
+        if len(gradients) > 1:
+            sizes = sums[5:].sqrt()
+            for name, size in zip(self.loss_names, sizes, strict=True):
+                self.log(f"student/share_of_{name}", (size / sizes.sum().clamp(min=1e-30)).float())
+
+    @torch.no_grad()
+    def _log_critic(self, value: Tensor, verdict: Optional[Tensor], t: Tensor, present: Optional[Tensor]) -> None:
+        there = torch.ones_like(value, dtype=torch.bool) if present is None else present.to(value.device)
+        level = torch.bucketize(t.to(value.device), torch.tensor(NOISE_LEVELS[1:-1], device=value.device), right=True)
+        bins = [(level == i) & there for i in range(len(NOISE_LEVELS) - 1)]
+        zero = torch.zeros_like(value)
+        parts = [torch.stack([torch.where(b, value, zero).sum(), b.sum().to(value)]) for b in bins]
+        judged = present_sum(verdict.to(value), present) if verdict is not None else value.new_zeros(())
+        sums = self._sum_up(torch.cat([*parts, judged.reshape(1)]))
+        totals, counts = sums[:-1:2], sums[1:-1:2]
+        self.log("critic/loss", (totals.sum() / counts.sum().clamp(min=1.0)).float(), prog_bar=True)
+        for low, total, count in zip(NOISE_LEVELS, totals, counts, strict=False):
+            if float(count) > 0:
+                self.log(f"critic/loss_from_t{low:03.0f}", (total / count).float())
+        if verdict is not None:
+            self.log("critic/verdict", (sums[-1] / counts.sum().clamp(min=1.0)).float())
+
+    # -- out -------------------------------------------------------------------------------------------------------
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The student's videos of the batch's prompts; the ``Samples`` callback writes them."""
+        return self.make_videos(batch, self.sampling)
+
+    def reference_videos(self, batch: Batch, steps: int, on_step: Any = None) -> Tensor:
+        """The teacher's videos of the same prompts and noises, by its own sampler and guidance."""
+        sampling = replace(self.sampling, steps=steps, guidance=self.guidance)
+        with self.playing("teacher") as teacher:
+            return self.make_videos(batch, sampling, on_step, teacher)
+
+    def export(self, out: str) -> list[str]:
+        """The student as a diffusers pipeline directory whose scheduler holds its steps; an adapter is merged into it.
+
+        A run that kept an average exports the average.
+        """
+        if self.average is not None:
+            # For good: what is merged could not be taken apart again.
+            self.average.swap_in(self)
+        if self.student_lora is not None:
+            from muybridge.backbones.adapters import merge_adapter, remove_adapter
+
+            if self.critic_lora is not None:
+                remove_adapter(self.teacher, "critic")
+            merge_adapter(self.teacher, "student")
+        return [str(export_pipeline(self.student, out, self.steps))]
+
+
+def _copy(backbone: Backbone) -> Backbone:
+    """Another backbone of the same settings that is not loaded yet, to be trained."""
+    if backbone.networks:
+        raise ValueError("a copy of a backbone whose weights are loaded: build the job before materialize()")
+    twin = copy.deepcopy(backbone)
+    # Small steps of 16-bit weights round to nothing; the teacher's own may stay in 16 bits.
+    twin.dtype = torch.float32
+    return twin
+
+
+@torch.no_grad()
+def motion_energy(latents: Tensor) -> Tensor:
+    """``mean (Δx)²`` of each clip, (B,); 0 for one frame."""
+    if latents.shape[2] < 2:
+        return latents.new_zeros(len(latents))
+    return (latents[:, :, 1:] - latents[:, :, :-1]).float().square().flatten(1).mean(1)
+
+
+@torch.no_grad()
+def total_norm(gradients: list[Any]) -> Tensor:
+    """The norm of all gradients together, whole ones and parts of sharded ones alike."""
+    if not gradients:
+        return torch.zeros(())
+    sharded = [g for g in gradients if hasattr(g, "full_tensor")]
+    whole = [g for g in gradients if not hasattr(g, "full_tensor")]
+    norms = []
+    if sharded:
+        norm: Any = torch.nn.utils.get_total_norm(sharded)
+        norms.append(norm.full_tensor())
+    if whole:
+        norms.append(torch.nn.utils.get_total_norm(whole))
+    return torch.stack(norms).norm()
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def memory_of(device: torch.device) -> Optional[int]:
+    """Bytes of a device's memory; ``None`` where there is no telling."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type == "cpu" and {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(os.sysconf_names):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
+def memory_needed(job: Distillation) -> dict[str, int]:
+    """Bytes of weights, gradients and Adam's moments by role, on all ranks together; activations come on top.
+
+    Args:
+        job: Its weights need not be loaded.
+    """
+    count = {
+        id(b): sum(p.numel() for name in b._present_networks() for p in b.skeleton(name).parameters())
+        for b in {id(b): b for b in job.roles().values()}.values()
+    }
+    needed = {"teacher": count[id(job.teacher)] * job.teacher.dtype.itemsize}
+    for role, own in (("student", job.own_student), ("critic", job.own_critic)):
+        if own is not None:
+            averaged = own.dtype.itemsize if role == "student" and job.average_requested else 0
+            needed[role] = count[id(own)] * (4 * own.dtype.itemsize + averaged)
+    return needed
+
+
+def check_memory(job: Distillation) -> None:
+    """Refuse a job whose weights and optimizers alone are more than the device holds, before any is loaded."""
+    strategy = job.trainer.strategy
+    sharded = isinstance(strategy, FullyShard)
+    if sharded and strategy.cpu_offload:  # type: ignore[attr-defined]
+        return
+    ranks = job.trainer.world_size // strategy.replicate if sharded else 1  # type: ignore[attr-defined]
+    held = memory_of(strategy.root_device)
+    needed = memory_needed(job)
+    total = sum(needed.values()) / ranks
+    if held is None or total <= held:
+        return
+    parts = ", ".join(f"{role} {size / ranks / 2**30:.1f}" for role, size in needed.items())
+    raise UsageError(
+        f"this job needs {total / 2**30:.1f} GiB on every device for weights, gradients and Adam alone ({parts}), and"
+        f" {strategy.root_device} has {held / 2**30:.1f}",
+        "less than the device holds, with room for activations",
+        "set student_lora and critic_lora (one copy of the weights), shard over more devices (strategy: FullyShard),"
+        " set the teacher's dtype to bfloat16, or cpu_offload of FullyShard",
+    )
