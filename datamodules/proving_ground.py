@@ -27,6 +27,12 @@ class ProvingGroundData(VideoData):
         distractors: Grey things that drift behind the sprite, in every clip.
         static: Share of clips in which nothing moves.
         backwards: Share of clips that are shown last frame first.
+        motions: Which of the ten there are; none given is all, likewise with the next four.
+        shapes: Of the sprite.
+        colours: Of the sprite.
+        textures: Of the sprite.
+        backgrounds: Behind it.
+        scale: Size of sprites against the usual, 0.5 to 1.3.
         world_seed: Of what is drawn.
         cache: What ``muybridge cache`` made of these clips.
         selection: Train on these clips only: a .txt file with one id a line, or .csv or .parquet with a column ``id``.
@@ -50,6 +56,12 @@ class ProvingGroundData(VideoData):
         distractors: int = 0,
         static: float = 0.0,
         backwards: float = 0.0,
+        motions: Optional[list[str]] = None,
+        shapes: Optional[list[str]] = None,
+        colours: Optional[list[str]] = None,
+        textures: Optional[list[str]] = None,
+        backgrounds: Optional[list[str]] = None,
+        scale: float = 1.0,
         world_seed: int = 0,
         cache: Optional[str] = None,
         selection: Optional[str] = None,
@@ -77,7 +89,9 @@ class ProvingGroundData(VideoData):
             **common,
         )
         self.folder, self.clips, self.world_seed, self.validation_share = root, clips, world_seed, validation_share
-        self.world = World(size, frames, 0, anti_leak, camera, distractors, static, backwards)
+        kinds = dict(motions=motions, shapes=shapes, colours=colours, textures=textures, backgrounds=backgrounds)
+        some = {name: tuple(given) for name, given in kinds.items() if given is not None}
+        self.world = World(size, frames, 0, anti_leak, camera, distractors, static, backwards, scale=scale, **some)
 
     def prepare_data(self) -> None:
         """Write what is not there yet; one process of a machine does."""

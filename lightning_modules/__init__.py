@@ -1,5 +1,6 @@
 """What is trained: one LightningModule a job."""
 
+from lightning_modules.autoencoder import Autoencoder
 from lightning_modules.base import DiffusionModule, Sampling
 from lightning_modules.distillation import Clips, Distillation
 from lightning_modules.finetuning import Finetuning
@@ -8,6 +9,7 @@ from lightning_modules.parallel import FullyShard
 from lightning_modules.trajectory import TrajectoryDistillation
 
 __all__ = [
+    "Autoencoder",
     "Clips",
     "DiffusionModule",
     "Distillation",

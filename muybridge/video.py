@@ -43,7 +43,7 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
 
 
-def write_video(path: str | Path, frames: Frames, fps: float = 16.0, crf: int = 18) -> Path:
+def write_video(path: str | Path, frames: Frames, fps: float = 16.0, crf: int = 18, exact: bool = False) -> Path:
     """An H.264 mp4 that browsers play, written whole or not at all.
 
     Args:
@@ -51,6 +51,8 @@ def write_video(path: str | Path, frames: Frames, fps: float = 16.0, crf: int = 
         frames: uint8 RGB frames. Odd sides get their last row or column doubled, since 4:2:0 colour needs even ones.
         fps: Frames per second.
         crf: x264's quality, 0 (lossless) to 51.
+        exact: The same bytes on every run and machine, at a fraction of the speed. x264's bytes depend on how many threads it
+            has, and by its assembly and macroblock tree on what lay in memory before.
     """
     from fractions import Fraction
 
@@ -67,6 +69,9 @@ def write_video(path: str | Path, frames: Frames, fps: float = 16.0, crf: int = 
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width, stream.pix_fmt = even.shape[1], even.shape[2], "yuv420p"
         stream.options = {"crf": str(crf)}
+        if exact:
+            stream.codec_context.thread_count = 1
+            stream.options = {**stream.options, "x264-params": "threads=1:asm=0:mbtree=0"}
         for frame in even:
             for packet in stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")):
                 container.mux(packet)

@@ -28,6 +28,13 @@ class Wan(Backbone):
     # The number the pipeline encodes with when none is said; Wan was trained with 512 and its velocity depends on it.
     default_text_length = 512
 
+    def _text_length(self, wanted: Optional[int]) -> int:
+        """As said; else Wan's own number, or less where the tokenizer takes no more: such a model was trained so."""
+        if wanted is not None or not self.checkpoint.has("tokenizer"):
+            return wanted or self.default_text_length
+        longest = self.checkpoint.read_json("tokenizer", "tokenizer_config.json").get("model_max_length")
+        return min(self.default_text_length, int(longest or self.default_text_length))
+
     def _make_schedule(self, config: dict[str, Any]) -> NoiseSchedule:
         return rectified_flow(config)
 

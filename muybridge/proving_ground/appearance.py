@@ -6,6 +6,7 @@ All are defined at real-valued places, so that a sprite or a camera may move by 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,11 +51,16 @@ class Appearance:
         return (3 * SHAPES.index(self.shape) + list(COLOURS).index(self.colour)) % 4 == 0
 
 
-def draw_appearance(rng: np.random.Generator, held_out: bool) -> Appearance:
-    """Any appearance of the training or the held-out combinations, all equally likely."""
+def draw_appearance(rng: np.random.Generator, held_out: bool, options: Sequence[Sequence[str]]) -> Appearance:
+    """Any appearance of the training or the held-out combinations, all equally likely.
+
+    Args:
+        rng: Where it comes from.
+        held_out: Which of the two.
+        options: Shapes, colours, textures and grounds to draw from.
+    """
     while True:
-        names = (SHAPES, tuple(COLOURS), TEXTURES, GROUNDS)
-        found = Appearance(*(options[int(rng.integers(len(options)))] for options in names))
+        found = Appearance(*(names[int(rng.integers(len(names)))] for names in options))
         if found.held_out == held_out:
             return found
 

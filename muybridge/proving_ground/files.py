@@ -96,10 +96,11 @@ def write_clips(
     if count < 1 or not 0.0 <= validation < 1.0:
         raise UsageError(f"{count} clips, a share of {validation} for validation", "1 or more, and 0 up to less than 1")
     root = Path(out)
-    settings = {**asdict(world), "seed": seed, "validation": validation, "fps": fps}
+    settings = json.loads(json.dumps({**asdict(world), "seed": seed, "validation": validation, "fps": fps}))
     file = root / SETTINGS
     if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
+        # What a folder does not say was the only way when it was written.
+        before = {**json.loads(json.dumps(asdict(World()))), **json.loads(file.read_text(encoding="utf-8"))}
         other = [name for name in settings if before.get(name) != settings[name]]
         if other:
             name = other[0]
@@ -117,10 +118,10 @@ def write_clips(
         video, beside = root / "clips" / f"{scene.name}.mp4", root / "truth" / f"{scene.name}.npz"
         if truth and not (beside.is_file() and video.is_file()):
             frames, known = render_with_truth(scene)
-            write_video(video, frames, fps, CRF)
+            write_video(video, frames, fps, CRF, exact=True)
             _write_truth(beside, known)
         elif not video.is_file():
-            write_video(video, render(scene), fps, CRF)
+            write_video(video, render(scene), fps, CRF, exact=True)
         tell()
     _write_tables(root, [row(scene) for scene in drawn])
     return drawn

@@ -81,7 +81,9 @@ def _sign(rng: np.random.Generator) -> float:
     return 1.0 if rng.random() < 0.5 else -1.0
 
 
-def draw_trajectory(motion: str, rng: np.random.Generator, frames: int, anti_leak: bool) -> Trajectory:
+def draw_trajectory(
+    motion: str, rng: np.random.Generator, frames: int, anti_leak: bool, scale: float = 1.0
+) -> Trajectory:
     """A random instance of a motion.
 
     Args:
@@ -89,8 +91,9 @@ def draw_trajectory(motion: str, rng: np.random.Generator, frames: int, anti_lea
         rng: Where the parameters come from.
         frames: Length of the clip, 2 or more.
         anti_leak: Which of the two worlds.
+        scale: Size of the sprite against the usual.
     """
-    radius = float(rng.uniform(0.08, 0.13) if anti_leak else rng.uniform(0.105, 0.15))
+    radius = scale * float(rng.uniform(0.08, 0.13) if anti_leak else rng.uniform(0.105, 0.15))
     state = _without_leak(motion, rng, frames, radius) if anti_leak else _natural(motion, rng, frames, radius)
     broken = anti_leak or motion == "explode"
     return _assemble(state, radius, float(rng.uniform(-math.pi, math.pi)), rng, PARTS if broken else 1)

@@ -9,9 +9,27 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from muybridge.errors import UsageError, did_you_mean
-from muybridge.proving_ground.appearance import COLOURS, Appearance, Ground, draw_appearance, draw_ground
+from muybridge.proving_ground.appearance import (
+    COLOURS,
+    GROUNDS,
+    SHAPES,
+    TEXTURES,
+    Appearance,
+    Ground,
+    draw_appearance,
+    draw_ground,
+)
 from muybridge.proving_ground.captions import join_caption, motion_words, subject_words
 from muybridge.proving_ground.motions import FLOOR, MOTIONS, STATIC, Trajectory, draw_trajectory, turn
+
+KINDS: dict[str, tuple[str, ...]] = {
+    "motions": MOTIONS,
+    "shapes": SHAPES,
+    "colours": tuple(COLOURS),
+    "textures": TEXTURES,
+    "backgrounds": GROUNDS,
+}
+"""What a world may have some of."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +45,12 @@ class World:
         distractors: Grey things that drift behind the sprite, in every clip.
         static: Share of clips in which nothing moves.
         backwards: Share of clips that are shown last frame first.
+        motions: Which ones there are; they take turns.
+        shapes: Which ones there are; likewise the next three.
+        colours: Of the sprite.
+        textures: Of the sprite.
+        backgrounds: Behind it.
+        scale: Size of sprites against the usual, 0.5 to 1.3.
     """
 
     size: int = 64
@@ -37,6 +61,12 @@ class World:
     distractors: int = 0
     static: float = 0.0
     backwards: float = 0.0
+    motions: tuple[str, ...] = MOTIONS
+    shapes: tuple[str, ...] = SHAPES
+    colours: tuple[str, ...] = tuple(COLOURS)
+    textures: tuple[str, ...] = TEXTURES
+    backgrounds: tuple[str, ...] = GROUNDS
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.size < 16 or self.size % 2:
@@ -48,6 +78,23 @@ class World:
                 raise UsageError(f"{name} is {getattr(self, name)}", "a share from 0 to 1")
         if self.distractors < 0:
             raise UsageError(f"distractors is {self.distractors}", "0 or more")
+        if not 0.5 <= self.scale <= 1.3:
+            raise UsageError(f"scale is {self.scale}", "0.5 to 1.3: larger sprites leave the picture")
+        for name, known in KINDS.items():
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+            unknown = [given for given in getattr(self, name) if given not in known]
+            if unknown or not getattr(self, name):
+                given = f"no {name[:-1]} {unknown[0]!r}" if unknown else f"{name} is empty"
+                raise UsageError(
+                    given, f"some of {', '.join(known)}", did_you_mean(unknown[0], known) if unknown else ""
+                )
+        looks = [Appearance(s, c, self.textures[0], self.backgrounds[0]) for s in self.shapes for c in self.colours]
+        if len({look.held_out for look in looks}) < 2:
+            raise UsageError(
+                f"shapes {', '.join(self.shapes)} in colours {', '.join(self.colours)}",
+                "pairs for training and pairs that are kept for validation: one in four is",
+                "name more shapes or colours",
+            )
 
 
 @dataclass(frozen=True)
@@ -121,11 +168,12 @@ def draw_scene(world: World, seed: int, index: int, held_out: bool = False, moti
         raise UsageError(f"no motion {motion!r}", f"one of {', '.join(MOTIONS)}", did_you_mean(motion, MOTIONS))
     # One stream for each thing: an option that draws more must not change what else is seen.
     looks, moves, around = (np.random.default_rng([seed, index, part]) for part in range(3))
-    appearance = draw_appearance(looks, held_out)
+    options = (world.shapes, world.colours, world.textures, world.backgrounds)
+    appearance = draw_appearance(looks, held_out, options)
     still, backwards, pans = around.random(3) < (world.static, world.backwards, world.camera)
     frames = int(around.integers(world.frames, max(world.longest, world.frames) + 1))
-    motion = motion or (STATIC if still else MOTIONS[index % len(MOTIONS)])
-    trajectory = draw_trajectory(motion, moves, frames, world.anti_leak)
+    motion = motion or (STATIC if still else world.motions[index % len(world.motions)])
+    trajectory = draw_trajectory(motion, moves, frames, world.anti_leak, world.scale)
     # The horizon of the world without leak is no floor: what rests on it is chance.
     horizon = float(around.uniform(0.55, 1.0)) if world.anti_leak else FLOOR
     ground = draw_ground(appearance.background, horizon, around)

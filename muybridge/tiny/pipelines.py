@@ -39,7 +39,7 @@ def _wan(experts: int = 1) -> Any:
     )
     two = experts == 2
     return WanPipeline(
-        tokenizer=parts.byte_tokenizer(),
+        tokenizer=parts.byte_tokenizer(512),
         text_encoder=parts.t5_encoder(umt5=True),
         vae=vae,
         scheduler=scheduler,

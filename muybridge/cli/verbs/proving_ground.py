@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 
 def proving_ground(
     *,
@@ -15,10 +17,17 @@ def proving_ground(
     distractors: int = 0,
     static: float = 0.0,
     backwards: float = 0.0,
+    motions: Optional[list[str]] = None,
+    shapes: Optional[list[str]] = None,
+    colours: Optional[list[str]] = None,
+    textures: Optional[list[str]] = None,
+    backgrounds: Optional[list[str]] = None,
+    scale: float = 1.0,
     validation: float = 0.1,
     truth: bool = False,
     fps: float = 8.0,
     seed: int = 0,
+    model: Optional[str] = None,
 ) -> None:
     """Write clips of ten motions whose law is known: mp4 files, tables with captions, and where asked for flow and tracks.
 
@@ -33,16 +42,36 @@ def proving_ground(
         distractors: Grey things that drift behind the sprite, in every clip.
         static: Share of clips in which nothing moves.
         backwards: Share of clips that are shown last frame first.
+        motions: Which of the ten there are; none given is all, likewise with the next four.
+        shapes: Of the sprite.
+        colours: Of the sprite.
+        textures: Of the sprite.
+        backgrounds: Behind it.
+        scale: Size of sprites against the usual, 0.5 to 1.3.
         validation: Share of clips whose pair of shape and colour no training clip has.
         truth: Write flow, visibility, masks and tracks beside each clip.
         fps: Frames per second of the files.
         seed: Of all that is drawn.
+        model: Write the untrained pipeline to this directory, and no clips.
     """
+    if model is not None:
+        from muybridge.export import fresh_directory
+        from muybridge.proving_ground.pipeline import untrained
+
+        final, partial = fresh_directory(model)
+        untrained(seed).save_pretrained(str(partial), safe_serialization=True)
+        if final.exists():
+            final.rmdir()
+        partial.rename(final)
+        print(f"untrained pipeline: {final}")
+        return
     from muybridge.cli.progress import Progress
     from muybridge.proving_ground.files import write_clips
     from muybridge.proving_ground.scene import World
 
-    world = World(size, frames, longest, anti_leak, camera, distractors, static, backwards)
+    kinds = dict(motions=motions, shapes=shapes, colours=colours, textures=textures, backgrounds=backgrounds)
+    some = {name: tuple(given) for name, given in kinds.items() if given is not None}
+    world = World(size, frames, longest, anti_leak, camera, distractors, static, backwards, scale=scale, **some)
     with Progress("clips", clips, every=10.0) as progress:
         drawn = write_clips(out, world, clips, seed, validation, fps, truth, progress.advance)
     kept = sum(scene.appearance.held_out for scene in drawn)
