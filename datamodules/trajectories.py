@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from datamodules.base import ResumableData
 from muybridge.data.cache import Cache
 from muybridge.data.encoding import Material
-from muybridge.data.trajectories import Trajectories, TrajectoryBatch
+from muybridge.data.trajectories import Trajectories, TrajectoryBatch, read_made
 from muybridge.errors import UsageError
 
 
@@ -51,6 +51,11 @@ class TrajectoryData(ResumableData):
         self.path, self.cache_path = path, cache
         self.cache: Optional[Cache] = None
         self._trajectories: Optional[Trajectories] = None
+
+    @property
+    def made(self) -> dict[str, Any]:
+        """What made the trajectories: teacher, path, size, times. A job compares it with its own settings."""
+        return read_made(self.path)
 
     def setup(self, stage: str) -> None:
         """Open the folder."""

@@ -72,6 +72,13 @@ def latents_key(backbone: Backbone) -> dict[str, object]:
     }
 
 
+def networks_key(backbone: Backbone) -> dict[str, str]:
+    """The denoising networks that a backbone would load; reads files (a hub id's are fetched to be read), loads nothing."""
+    names = backbone._present_networks()
+    folder = backbone.checkpoint.fetch(*names)
+    return {name: _component_key(folder / name) for name in names}
+
+
 def text_encoder_key(backbone: Backbone) -> dict[str, object]:
     """All of a backbone that its text embeddings depend on; reads files (a hub id's are fetched to be read), loads nothing."""
     checkpoint = backbone.checkpoint

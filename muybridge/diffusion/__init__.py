@@ -6,7 +6,7 @@ from muybridge.diffusion.draws import keyed_generator, keyed_noise
 from muybridge.diffusion.predictions import Prediction, convert, guide
 from muybridge.diffusion.samplers import few_step, many_step
 from muybridge.diffusion.schedules import FlowSchedule, NoiseSchedule, VPSchedule, shift_level, shifted_steps
-from muybridge.diffusion.steps import DenoisingStep, ScoreStep
+from muybridge.diffusion.steps import DenoisingStep, ScoreStep, TrajectoryStep
 from muybridge.diffusion.timesteps import LogitNormal, Shifted, TimestepSampler, Uniform
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "ScoreStep",
     "Shifted",
     "TimestepSampler",
+    "TrajectoryStep",
     "Uniform",
     "VPSchedule",
     "convert",

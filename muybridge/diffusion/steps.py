@@ -68,3 +68,26 @@ class ScoreStep:
     conditioning: Conditioning
     target: Optional[Tensor] = None
     logits: Optional[Tensor] = None
+
+
+@dataclass(frozen=True)
+class TrajectoryStep:
+    """One forward of a student on states of a teacher's trajectory.
+
+    Args:
+        clean: Where the trajectory ends, (B, C, F, H, W).
+        noisy: The states that the student was given, each frame's at its own time.
+        t: Their times, (B,) or (B, F); 0 where a frame was given clean.
+        prediction: The student's raw output, in the family's own kind.
+        x0: The clean estimate that the prediction stands for.
+        conditioning: What the student was conditioned on.
+        schedule: The family's noise schedule.
+    """
+
+    clean: Tensor
+    noisy: Tensor
+    t: Tensor
+    prediction: Tensor
+    x0: Tensor
+    conditioning: Conditioning
+    schedule: NoiseSchedule

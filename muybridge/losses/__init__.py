@@ -6,6 +6,7 @@ from muybridge.losses.denoising import Denoising
 from muybridge.losses.distribution_matching import DistributionMatching
 from muybridge.losses.motion_score_matching import MotionScoreMatching
 from muybridge.losses.regression import Regression
+from muybridge.losses.trajectory_regression import TrajectoryRegression
 
 __all__ = [
     "Adversarial",
@@ -14,5 +15,6 @@ __all__ = [
     "Loss",
     "MotionScoreMatching",
     "Regression",
+    "TrajectoryRegression",
     "per_sample",
 ]

@@ -1,0 +1,110 @@
+"""Stage 2 from the command: paths are written, stopped, gone on with; a causal student is trained on them, resumed, sampled."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from muybridge.backbones import load
+from muybridge.backbones.base import Backbone
+from muybridge.data.trajectories import Trajectories
+
+from .conftest import Command
+
+Tiny = Callable[[str], Path]
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+
+
+@pytest.fixture
+def options(tiny_checkpoint: Tiny, tmp_path: Path) -> list[str]:
+    (tmp_path / "prompts.txt").write_text("a dog runs\na cat sleeps\na red car\nwaves at night\n")
+    return ["-c", "tiny/trajectory.yaml", f"--model.student.path={tiny_checkpoint('wan')}", *QUIET]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]  # type: ignore[no-any-return]
+
+
+def test_stage_two_goes_from_prompts_to_a_causal_student(
+    command: Command, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = ["trajectories", *options, "--prompts=prompts.txt", "--out=paths"]
+    # Two ranks, one after the other, as a launcher tells them; then once more for whatever is missing.
+    for rank in "01":
+        for name, value in {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}.items():
+            monkeypatch.setenv(name, value)
+        assert command(*write).code == 0
+    shards = sorted(Path("paths").glob("*.safetensors"))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name)
+    again = command(*write)
+    assert again.code == 0
+    assert "4 trajectories at times 1000, 750, 500, 0" in again.out
+    assert sorted(Path("paths").glob("*.safetensors")) == shards, "nothing was left to do"
+    assert Trajectories("paths").ids == [
+        "0000-a-dog-runs",
+        "0001-a-cat-sleeps",
+        "0002-a-red-car",
+        "0003-waves-at-night",
+    ]
+
+    def fit(folder: str, steps: int, *more: str) -> Path:
+        result = command(
+            "fit", *options, "--data.path=paths", f"--trainer.default_root_dir={tmp_path / folder}",
+            f"--trainer.max_steps={steps}", *more,
+        )  # fmt: skip
+        assert result.code == 0, result.err
+        return max((tmp_path / folder).rglob("last.ckpt"), key=os.path.getmtime)
+
+    whole = weights(fit("whole", 10))
+    fit("parts", 5)
+    parts = fit("parts", 10, "--ckpt_path=last")
+    found = weights(parts)
+    assert all(torch.equal(found[n], whole[n]) for n in whole)
+    assert whole.keys() == found.keys()
+
+    config = str(parts.parents[1] / "config.yaml")
+    predicted = command(
+        "predict", "-c", config, f"--ckpt_path={parts}", "--data=PromptData", "--data.prompts=prompts.txt"
+    )
+    assert predicted.code == 0, predicted.err
+    assert len(list(tmp_path.rglob("predictions/*.mp4"))) == 4
+    # What stage 3 begins with: a pipeline directory, which is loaded as a causal student again.
+    assert command("export", "-c", config, f"--ckpt_path={parts}", "--out=causal").code == 0
+    exported = dict(load("causal").named_parameters())
+    averages = {n: w for n, w in whole.items() if n.startswith("average.")}
+    assert len(averages) == len(exported)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--model.student.causal.block=2"], "3 latent frames in causal blocks of 2"),
+        (["--model.steps=[1000, 800]"], "step 800 is not on the teacher's path"),
+        (["--model.steps=[500, 1000]"], "the step list is [500"),
+        (["--prompts=blank.txt"], "blank lines: 2"),
+        (["--model.student.components=[denoiser]"], "text_encoder among them, or --cache"),
+    ],
+)
+def test_bad_input_is_refused_before_weights_load(
+    change: list[str], said: str, command: Command, options: list[str], loads: list[Backbone]
+) -> None:
+    Path("blank.txt").write_text("a dog\n\na cat\n")
+    result = command("trajectories", *options, "--prompts=prompts.txt", "--out=paths", *change)
+    assert result.code == 2
+    assert said in result.message
+    assert not loads
+    assert not Path("paths").exists()
+
+
+def test_a_causal_config_on_another_family_is_refused_before_weights_load(
+    command: Command, options: list[str], loads: list[Backbone], tiny_checkpoint: Tiny
+) -> None:
+    result = command("fit", *options, f"--model.student.path={tiny_checkpoint('cogvideox')}")
+    assert result.code == 2
+    assert "a family with per-frame times" in result.message
+    assert not loads
