@@ -560,7 +560,9 @@ class Distillation(DiffusionModule):
             else:
                 with self.adversarial.reading(critic) as outputs:
                     prediction = critic(noisy, t, text)
-                logits = self.adversarial.judge(outputs, len(sample))
+                # The prediction takes part with a gradient of 0: FSDP2 gathers a unit's weights for the backward pass when a
+                # gradient reaches its output, and what is read lies inside of units.
+                logits = self.adversarial.judge(outputs, len(sample)) + 0.0 * prediction.float().flatten(1).sum(1)
         fake = schedule.to_x0(prediction.detach(), noisy.detach(), t)
         return ScoreStep(sample, noisy.detach(), t, real, fake, text, logits=logits)
 

@@ -1,0 +1,86 @@
+"""Two ranks distil what one process distils, under DDP and FSDP2; a run goes on from either's checkpoint."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Optional
+
+import pytest
+import torch
+from support.distilling import distillation, prompts
+from support.jobs import LatentClips, trainer
+from support.ranks import run_ranks
+from support.strategies import strategy
+from torch import Tensor
+
+from callbacks.ema import EMA
+from muybridge.backbones.adapters import LoRA
+from muybridge.backbones.sharding import full, reshard
+from muybridge.losses import Adversarial, DistributionMatching, MotionScoreMatching
+
+TOLERANCE = 1e-5
+
+
+def distil(path: str, kind: str, root: str, what: str, steps: int, save_to: str, ckpt_path: Optional[str]) -> Any:
+    """Weights, averages and logged numbers that a run left, on global batches of two."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    settings: dict[str, Any] = dict(losses=[DistributionMatching(), MotionScoreMatching()], student_accumulate=2)
+    if what == "adapters":
+        settings |= dict(student_lora=LoRA(rank=2), critic_lora=LoRA(rank=2))
+        settings |= dict(losses=[DistributionMatching(), Adversarial(every=1)])
+    job = distillation(path, **settings)
+    size = 2 // world
+    data: Any = LatentClips(job.latent_shape(), 8, size) if what == "adapters" else prompts(8, size)
+    run = trainer(root, devices=world, strategy=strategy(kind), max_steps=steps, callbacks=[EMA(decay=0.5)])
+    run.fit(job, datamodule=data, ckpt_path=ckpt_path)
+    if save_to:
+        run.save_checkpoint(save_to)
+    reshard(job)
+    left = {name: full(tensor).detach().clone() for name, tensor in job.state_dict().items()}
+    logged = {n: float(v) for n, v in run.callback_metrics.items()}
+    return left, logged, (job.iterations, job.updates, job.samples_seen)
+
+
+def same(found: Any, wanted: Any) -> None:
+    assert found[2] == wanted[2]
+    assert found[0].keys() == wanted[0].keys()
+    for name, value in wanted[0].items():
+        assert torch.allclose(found[0][name], value, rtol=0.0, atol=TOLERANCE), name
+    assert found[1] == pytest.approx(wanted[1], rel=1e-3, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize(("kind", "what"), [("ddp", "copies"), ("folder", "copies"), ("folder", "adapters")])
+def test_two_ranks_distil_what_one_process_does(kind: str, what: str, tiny_checkpoint: Any, tmp_path: Path):
+    """The sharded one is cut after its second iteration, and goes on from its checkpoint."""
+    path, root, cut = str(tiny_checkpoint("wan")), str(tmp_path), kind == "folder" and what == "copies"
+    wanted = distil(path, "one", root, what, 3, "", None)
+    saved = str(tmp_path / "two.ckpt") if cut else None
+    if saved:
+        run_ranks(distil, path, kind, root, what, 2, saved, None)
+    first, second = run_ranks(distil, path, kind, root, what, 3, "", saved)
+    same(first, wanted)
+    for name, value in first[0].items():
+        assert torch.equal(second[0][name], value), name
+
+
+def poisoned(path: str, kind: str, root: str) -> dict[str, Tensor]:
+    """One rank's gradient is not a number once."""
+
+    class Poison(DistributionMatching):
+        def forward(self, step: Any) -> Tensor:
+            bad = os.environ["RANK"] == "1" and job.iterations == 0
+            return super().forward(step) * (float("nan") if bad else 1.0)
+
+    job = distillation(path, losses=[Poison()], update_ratio=1)
+    trainer(root, devices=2, strategy=strategy(kind), max_steps=2).fit(job, datamodule=prompts(8, 1))
+    assert (job.updates, job.iterations) == (1, 2)
+    reshard(job)
+    return {name: full(tensor).detach().clone() for name, tensor in job.state_dict().items()}
+
+
+def test_a_rank_whose_gradient_is_not_finite_makes_all_skip(tiny_checkpoint: Any, tmp_path: Path):
+    first, second = run_ranks(poisoned, str(tiny_checkpoint("wan")), "folder", str(tmp_path))
+    for name, value in first.items():
+        assert torch.equal(second[name], value)
+        assert bool(torch.isfinite(value).all()), name
