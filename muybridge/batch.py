@@ -42,11 +42,11 @@ class Batch:
     remarks: Optional[list[str]] = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is not None and field.name != "fps" and len(value) != len(self.ids):
+        for name in _PER_CLIP:
+            value = getattr(self, name)
+            if value is not None and len(value) != len(self.ids):
                 raise UsageError(
-                    f"a batch holds {len(self.ids)} ids and {len(value)} {field.name}",
+                    f"a batch holds {len(self.ids)} ids and {len(value)} {name}",
                     "one of each per clip",
                     "check the datamodule that made it",
                 )
@@ -65,6 +65,10 @@ class Batch:
     def pin_memory(self) -> Batch:
         """A copy in pinned memory; the data loader calls it."""
         return self._map(lambda x: x.pin_memory() if isinstance(x, Tensor) else x._map(lambda y: y.pin_memory()))
+
+
+_PER_CLIP = tuple(field.name for field in fields(Batch) if field.name not in ("ids", "fps"))
+"""What a batch holds one of for every clip."""
 
 
 def joined_presence(parts: Sequence[Any]) -> Optional[Tensor]:

@@ -7,6 +7,9 @@ write into one folder at once.
 
 from __future__ import annotations
 
+import json
+import math
+import mmap
 import os
 import time
 import zlib
@@ -160,6 +163,51 @@ class ShardWriter:
         self.flush()
 
 
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""What a safetensors header calls the dtypes that tensors here may have."""
+
+
+class MappedTensors:
+    """The tensors of a safetensors file as views of its pages.
+
+    The library's own reader makes a storage for every tensor it gives out. Next to copying the latents of a clip that is time
+    enough to count (``benchmarks/data.py``), and a view of the mapped file takes none of it.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with open(path, "rb") as file:
+            # A private mapping: torch wants memory that could be written to, and the file stays what it is if it is.
+            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        begin = 8 + int.from_bytes(self._bytes[:8], "little")
+        header = json.loads(self._bytes[8:begin])
+        header.pop("__metadata__", None)
+        self._places = {
+            name: (DTYPES[entry["dtype"]], tuple(entry["shape"]), begin + entry["data_offsets"][0])
+            for name, entry in header.items()
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        dtype, shape, begin = self._places[name]
+        count = math.prod(shape)
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(self._bytes, dtype=dtype, count=count, offset=begin).view(shape)
+
+
 class ShardReader:
     """Reads rows by id, straight from the mapped files.
 
@@ -197,7 +245,7 @@ class ShardReader:
         self._place = self.table["row"].to_numpy()
         self._names: list[list[str]] = self.table["tensors"].to_pylist()
         self._arrays: dict[str, Any] = {}
-        self._open: OrderedDict[str, Any] = OrderedDict()
+        self._open: OrderedDict[str, MappedTensors] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._row)
@@ -212,12 +260,10 @@ class ShardReader:
         # Mapped files don't travel to worker processes; each opens its own.
         return {**self.__dict__, "_open": OrderedDict(), "_arrays": {}}
 
-    def _handle(self, shard: str) -> Any:
+    def _mapped(self, shard: str) -> MappedTensors:
         handle = self._open.get(shard)
         if handle is None:
-            from safetensors import safe_open
-
-            handle = self._open[shard] = safe_open(self.folder / shard, "pt")
+            handle = self._open[shard] = MappedTensors(self.folder / shard)
             if len(self._open) > self.open_shards:
                 self._open.popitem(last=False)
         else:
@@ -227,9 +273,9 @@ class ShardReader:
     def read(self, id: str) -> dict[str, Tensor]:
         """The tensors of a row."""
         row = self._row[id]
-        handle = self._handle(self._shards[self._shard[row]])
+        shard = self._mapped(self._shards[self._shard[row]])
         place = self._place[row]
-        return {name: handle.get_tensor(f"{place:06d}.{name}") for name in self._names[row]}
+        return {name: shard[f"{place:06d}.{name}"] for name in self._names[row]}
 
     def info(self, id: str, *columns: str) -> tuple[Any, ...]:
         """Some columns of a row."""

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from muybridge.data.shards import ShardReader, ShardWriter, find_broken, parts, remove, sweep
+from muybridge.data.shards import DTYPES, MappedTensors, ShardReader, ShardWriter, find_broken, parts, remove, sweep
 from muybridge.errors import UsageError
 
 NOTE = pa.schema([("note", pa.string())])
@@ -170,3 +170,20 @@ def test_the_index_is_plain_parquet(tmp_path: Path) -> None:
     table = pq.read_table(tmp_path / "000000.parquet")
     assert table.column_names == ["id", "shard", "row", "tensors", "shape", "bytes", "crc32", "note"]
     assert table["shard"].to_pylist() == ["000000.safetensors"] * 2
+
+
+def test_a_mapped_file_holds_what_the_library_reads_in_every_dtype(tmp_path: Path) -> None:
+    """The header is read here rather than by safetensors, so the two are held against each other."""
+    from safetensors.torch import load_file, save_file
+
+    file = tmp_path / "all.safetensors"
+    given = {f"{dtype}": torch.arange(24).reshape(2, 3, 4).to(dtype) for dtype in DTYPES.values()}
+    given |= {"none": torch.zeros(0, 5), "one": torch.tensor(3.0), "odd": torch.ones(3, dtype=torch.int8)}
+    save_file(given, file, metadata={"a": "b"})
+    mapped, wanted = MappedTensors(file), load_file(file)
+    for name, tensor in wanted.items():
+        assert mapped[name].dtype == tensor.dtype
+        assert torch.equal(mapped[name], tensor), name
+    before = file.read_bytes()
+    mapped["one"].add_(1)
+    assert file.read_bytes() == before
