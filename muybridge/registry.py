@@ -23,6 +23,7 @@ LOSSES: dict[str, str] = {
     "Denoising": "muybridge.losses.denoising",
     "DistributionMatching": "muybridge.losses.distribution_matching",
     "MotionScoreMatching": "muybridge.losses.motion_score_matching",
+    "MotionWeightedDenoising": "muybridge.losses.motion_weighted",
     "Regression": "muybridge.losses.regression",
     "TrajectoryRegression": "muybridge.losses.trajectory_regression",
     "Adversarial": "muybridge.losses.adversarial",
@@ -48,9 +49,24 @@ CALLBACKS: dict[str, str] = {
     "EMA": "callbacks.ema",
     "Samples": "callbacks.samples",
     "Preemption": "callbacks.preemption",
+    "GradientCapture": "callbacks.gradient_capture",
 }
 
-CLASSES = (BACKBONES, LOSSES, MODULES, DATAMODULES, CALLBACKS)
+ESTIMATORS: dict[str, str] = {
+    "DIS": "muybridge.motion.estimators",
+}
+"""Class name of every motion estimator and the module it lives in."""
+
+PROJECTIONS: dict[str, str] = {
+    "FastfoodProjection": "muybridge.attribution.projection",
+    "SRHTProjection": "muybridge.attribution.projection",
+    "CountSketchProjection": "muybridge.attribution.projection",
+    "DenseProjection": "muybridge.attribution.projection",
+    "NoProjection": "muybridge.attribution.projection",
+}
+"""Class name of every projection of gradients and the module it lives in."""
+
+CLASSES = (BACKBONES, LOSSES, MODULES, DATAMODULES, CALLBACKS, ESTIMATORS, PROJECTIONS)
 """All of what ``class_path`` names in short."""
 
 
@@ -75,7 +91,9 @@ VERBS: dict[str, Verb] = {
     "predict": Verb("make videos", "loop"),
     "export": Verb("turn a checkpoint into a diffusers pipeline, or into adapter files", "job"),
     "cache": Verb("encode latents and text embeddings once, for training without VAE and text encoder", "job"),
+    "attribute": Verb("project the gradients of training clips and of query clips into a store", "job"),
     "trajectories": Verb("write a teacher's paths from noise to clean, for a student to learn from", "job"),
+    "select": Verb("select the clips that a store says are most helpful to some queries, with a page to look at", "tool"),
     "consolidate": Verb("turn a sharded checkpoint folder into one file", "tool"),
     "invert": Verb("write the noise that a model would make each clip of", "tool"),
     "probe": Verb("find the time above which a model settles motion and below which it settles appearance", "tool"),

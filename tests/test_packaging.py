@@ -35,6 +35,10 @@ def test_it_holds_the_packages_typed_and_the_configs(wheel: Path) -> None:
         assert (wheel / package / "py.typed").is_file()
         ours = {p.relative_to(ROOT) for p in (ROOT / package).rglob("*.py")}
         assert ours == {p.relative_to(wheel) for p in (wheel / package).rglob("*.py")}
+    for name in ("reader.safetensors", "reader.json"):
+        assert (wheel / "muybridge/proving_ground" / name).read_bytes() == (
+            ROOT / "muybridge/proving_ground" / name
+        ).read_bytes()
     shipped = {p.relative_to(wheel / "muybridge") for p in (wheel / "muybridge/configs").rglob("*.yaml")}
     assert shipped == {p.relative_to(ROOT) for p in (ROOT / "configs").rglob("*.yaml")}
 

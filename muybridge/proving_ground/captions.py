@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from muybridge.errors import UsageError
+from muybridge.proving_ground.appearance import COLOURS, SHAPES
 
 BAR = " | "
 WORDS = {
@@ -63,3 +64,16 @@ def motion_of(caption: str) -> str:
     if not found:
         raise UsageError(f"the caption {caption!r} names no motion", f"one that begins {', '.join(WORDS.values())}")
     return found[0]
+
+
+def look_of(caption: str) -> tuple[str, str]:
+    """Which shape and which colour a caption asks for."""
+    words = split_caption(caption)[0].split()
+    shapes, colours = ([name for name in names if name in words] for names in (SHAPES, COLOURS))
+    if len(shapes) != 1 or len(colours) != 1:
+        raise UsageError(
+            f"the caption {caption!r}",
+            f"one shape of {', '.join(SHAPES)} and one colour of {', '.join(COLOURS)}",
+            "a red star | rolls",
+        )
+    return shapes[0], colours[0]

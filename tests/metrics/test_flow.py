@@ -9,6 +9,7 @@ import torch
 
 from muybridge.errors import UsageError
 from muybridge.metrics import MotionAmount, MotionSmoothness, dis_flow, motion_amount, motion_smoothness
+from muybridge.proving_ground import World, draw_scene, render
 from muybridge.video import to_pixels
 
 SIDE = 64
@@ -79,3 +80,33 @@ def test_flow_given_is_what_counts():
     assert metric.compute() == pytest.approx(5.0 / SIDE)
     with pytest.raises(UsageError):
         motion_smoothness(field(np.eye(2), count=1))
+
+
+def test_amount_and_smoothness_of_clips_that_were_tampered_with():
+    """Of the same clips frozen, shuffled, run backwards and shown at half speed; what a caption says changes neither."""
+    scenes = [
+        draw_scene(World(anti_leak=False), 3, i, motion=m)
+        for i, m in enumerate(("slide", "roll", "float", "free fall"))
+    ]
+    frames = [render(scene) for scene in scenes]
+    order = np.random.default_rng(0).permutation(17)
+
+    def figures(change) -> tuple[torch.Tensor, torch.Tensor]:
+        flow = dis_flow(torch.stack([to_pixels(np.ascontiguousarray(change(f))) for f in frames]))
+        return motion_amount(flow), motion_smoothness(flow)
+
+    amount, smooth = figures(lambda f: f)
+    assert (amount > 0.01).all()
+    still, none = figures(lambda f: np.repeat(f[8:9], 17, 0))
+    assert still.max() < 1e-3
+    assert none.max() == 0.0
+    jumps, rough = figures(lambda f: f[order])
+    assert (jumps > 1.2 * amount).all()
+    assert (rough < smooth - 0.1).all()
+    back, also_smooth = figures(lambda f: f[::-1])
+    assert torch.allclose(back, amount, rtol=0.15)
+    assert torch.allclose(also_smooth, smooth, atol=0.1)
+    # Every frame twice: half of the steps are none, so a step has half the length, and no velocity lasts.
+    half, stop_and_go = figures(lambda f: np.repeat(f, 2, 0)[:-1])
+    assert torch.allclose(half, 0.5 * amount, rtol=0.02)
+    assert stop_and_go.max() < 0.1
