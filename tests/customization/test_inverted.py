@@ -1,0 +1,101 @@
+"""The command that inverts: files say what made them, and are read back only where they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from muybridge.backbones import load
+from muybridge.cli import main
+from muybridge.customization.inverted import read_inverted
+from muybridge.customization.references import list_references, spoken
+from muybridge.diffusion import inversion
+from muybridge.errors import UsageError
+from muybridge.toy_clips import write_clips
+
+Tiny = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("references")
+    write_clips(folder, 2, frames=9, height=32, width=32)
+    for file in folder.glob("*.txt"):
+        file.write_text(file.read_text().replace(" moves", " | moves"))
+    return folder
+
+
+def test_clips_become_noise_that_leads_back(
+    clips: Path, tiny_checkpoint: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = tiny_checkpoint("wan"), tmp_path / "inverted"
+    command = ["invert", f"--model={model}", f"--videos={clips}", f"--out={out}", "--frames=9", "--height=16"]
+    command += ["--width=16", "--steps=6"]
+    assert main(command) == 0
+    assert "18 network calls each" in capsys.readouterr().out
+    backbone = load(str(model))
+    found = read_inverted(out / "clip-000.safetensors", backbone)
+    about = found.about
+    assert (about["steps"], about["refinements"], about["family"], about["clip"]) == (6, 2, "Wan", "clip-000")
+    assert "|" not in about["prompt"]
+    assert "|" in about["caption"]
+    denoise = backbone.guided(backbone.encode_text([about["prompt"]]))
+    back = inversion.resample(denoise, found.noise[None], backbone.schedule, 6)
+    error = float(inversion.relative_error(back, found.clean[None])[0])
+    assert error == pytest.approx(about["round_trip_error"], abs=1e-6)
+    assert error < 0.05
+    # What is there is kept, and what was made otherwise is refused.
+    assert main(command) == 0
+    assert "2 of 2 are in" in capsys.readouterr().out
+    assert main([*command, "--steps=7"]) == 2
+    assert "made with steps 6" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="noise of Wan"):
+        read_inverted(out / "clip-000.safetensors", load(str(tiny_checkpoint("latte"))))
+
+
+def test_bad_references_are_refused_before_any_weight_is_read(
+    clips: Path,
+    tiny_checkpoint: Tiny,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from muybridge.backbones.base import Backbone
+
+    def loaded(self: Backbone) -> Backbone:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(Backbone, "materialize", loaded)
+    model = f"--model={tiny_checkpoint('wan')}"
+    small = ["--height=16", "--width=16"]
+    for options, said in (
+        (["--frames=17", *small], "can't be used"),
+        (["--frames=10", *small], "4n"),
+        (["--frames=9", "--height=17", "--width=16"], "divisible"),
+        (["--frames=9", *small, "--steps=1"], "at least 2"),
+    ):
+        assert main(["invert", model, f"--videos={clips}", f"--out={tmp_path / 'x'}", *options]) == 2
+        assert said in capsys.readouterr().err
+    with pytest.raises(UsageError, match="a subject and a motion"):
+        list_references(clips / "clip-000.mp4", "a man runs")
+
+
+def test_files_of_others_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"noise": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(UsageError, match="was not written by"):
+        read_inverted(tmp_path / "x.safetensors")
+    with pytest.raises(UsageError, match="no inverted noise"):
+        read_inverted(tmp_path / "y.safetensors")
+    (tmp_path / "z.safetensors").write_bytes(b"no")
+    with pytest.raises(UsageError, match="can't be read"):
+        read_inverted(tmp_path / "z.safetensors")
+
+
+def test_the_bar_is_not_spoken() -> None:
+    assert spoken("a man | runs") == "a man runs"
+    assert spoken("a man | runs", keep_bar=True) == "a man | runs"

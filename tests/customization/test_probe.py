@@ -1,0 +1,264 @@
+"""The probe: cells are what sampling step by step gives, beginnings are shared, boundaries are found where they are."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.denoising import denoising_inputs, open_tiny
+from torch import Tensor
+
+from muybridge.cli import main
+from muybridge.customization import report
+from muybridge.customization.boundary import by_clip, early, estimate, half_way, late, parting
+from muybridge.customization.probe import Cell, marks, network_steps, renoised, tampered, target_caption
+from muybridge.customization.tau import Tau, read_tau
+from muybridge.diffusion import FlowSchedule, inversion
+from muybridge.errors import UsageError
+from muybridge.toy_clips import write_clips
+
+Tiny = Callable[[str], Path]
+
+
+class Counted:
+    """A cheap network that pulls towards one value, and counts its calls."""
+
+    def __init__(self, value: float) -> None:
+        self.value, self.calls = value, 0
+
+    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
+        self.calls += 1
+        return (z - self.value) / (t.view(-1, 1, 1, 1, 1) / 1000.0).clamp(min=1e-3)
+
+
+def path_of(source: Counted, steps: int) -> list[Tensor]:
+    clean = torch.randn(1, 1, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+    return inversion.invert(lambda z, t: torch.tanh(z), clean, FlowSchedule(3.0), steps)
+
+
+def test_fifty_steps_and_ten_boundaries_take_eleven_hundred_network_steps() -> None:
+    source, target = Counted(0.0), Counted(1.0)
+    path = path_of(source, 50)
+    cells = list(tampered(source, target, path, FlowSchedule(3.0), 10))
+    assert len(cells) == 55
+    assert source.calls + target.calls == network_steps(50, 10) == 1100
+    assert network_steps(50, 10, "noise") == 275
+
+
+def test_a_cell_is_the_sampling_with_swapped_words_step_by_step() -> None:
+    schedule, steps = FlowSchedule(3.0), 6
+    source, target = Counted(-1.0), Counted(1.0)
+    path = path_of(source, steps)
+    places = inversion.ladder(schedule, steps)[::-1]
+    seen = []
+    for start, end, found in tampered(source, target, path, schedule, 3):
+        z = path[steps - start]
+        for k in range(start, steps):
+            z = inversion.ode_step(target if k < end else source, z, places[k], places[k + 1], schedule)
+        assert torch.equal(found, z)
+        seen.append((start, end))
+    assert seen == [(0, 2), (0, 4), (0, 6), (2, 4), (2, 6), (4, 6)]
+
+
+def test_fresh_noise_from_a_boundary_on() -> None:
+    schedule = FlowSchedule(1.0)
+    clean, fresh = torch.randn(2, 1, 1, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+    source = Counted(0.0)
+    found = {start: z for start, _, z in renoised(lambda z, t: torch.zeros_like(z), clean, fresh, schedule, 4, 4)}
+    # A network that predicts no velocity leaves the noisy latents as they are.
+    for start, sigma in ((0, 1.0), (1, 0.75), (3, 0.25)):
+        torch.testing.assert_close(found[start], (1 - sigma) * clean + sigma * fresh)
+    list(renoised(source, clean, fresh, schedule, 8, 4))
+    assert source.calls == network_steps(8, 4, "noise") == 8 + 6 + 4 + 2
+
+
+def grid(tau: int, swap: str = "subject", clip: str = "a", steps: int = 10) -> list[Cell]:
+    """Cells of a world in which motion is settled in the steps before ``tau`` and looks in those from it on."""
+    cells = []
+    for start in (*range(steps), steps):
+        for end in range(start + 1, steps + 1) if start < steps else (steps,):
+            changed = set(range(start, end))
+            before, after = set(range(tau)), set(range(tau, steps))
+            look = len(changed & after) / max(len(after), 1)
+            motion = 1.0 - 0.8 * len(changed & before) / max(len(before), 1)
+            cells.append(
+                Cell(
+                    clip=clip,
+                    frames=9,
+                    swap=swap,
+                    start=start,
+                    end=end,
+                    t_start=1000.0 - 100.0 * start,
+                    t_end=1000.0 - 100.0 * end,
+                    logsnr_start=-5.0 + start if start < steps else math.inf,
+                    logsnr_end=-5.0 + end if end < steps else math.inf,
+                    alignment=20.0 + 10.0 * look,
+                    similarity=motion,
+                    error=0.0,
+                    ratio=1.0,
+                )
+            )
+    return cells
+
+
+@pytest.mark.parametrize("tau", [1, 3, 5, 9])
+def test_the_boundary_is_found_where_it_is(tau: int) -> None:
+    found = parting(late(grid(tau)))
+    assert found.t == 1000.0 - 100.0 * tau
+    assert found.clarity == pytest.approx(1.0)
+
+
+def test_the_curves_begin_and_end_where_they_should() -> None:
+    cells = grid(4)
+    whole, untouched = (30.0, pytest.approx(0.2)), (20.0, 1.0)
+    for curve, ends in ((late(cells), (whole, untouched)), (early(cells), (untouched, whole))):
+        assert [(curve[i].alignment, curve[i].similarity) for i in (0, -1)] == list(ends)
+        assert [p.t for p in curve] == [1000.0 - 100.0 * k for k in range(11)]
+
+
+def test_motion_comes_back_half_way() -> None:
+    # Six of ten steps settle the motion, evenly: half of it is settled after three.
+    assert half_way(late(grid(6, "motion"))).t == pytest.approx(700.0)
+
+
+def test_clips_are_averaged_and_their_spread_is_told() -> None:
+    cells = [*grid(3, clip="a"), *grid(5, clip="b")]
+    assert {n: e.t for n, e in by_clip(cells).items()} == {"a": 700.0, "b": 500.0}
+    assert 500.0 <= (estimate(cells).t or 0.0) <= 700.0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: replace(c, alignment=20.0), "change nothing"),
+        (lambda c: replace(c, similarity=1.0), "stays the same"),
+        (
+            lambda c: replace(c, alignment=20.0 + 10.0 * (c.end - c.start), similarity=1.0 - 0.1 * (c.end - c.start)),
+            "no b",
+        ),
+    ],
+)
+def test_where_there_is_no_boundary_it_is_said_why(change: Callable[[Cell], Cell], said: str) -> None:
+    found = estimate([change(c) for c in grid(5)])
+    assert found.t is None
+    assert said in found.reason
+
+
+def test_cells_survive_their_file(tmp_path: Path) -> None:
+    cells = grid(3)
+    report.write_cells(tmp_path / "x.csv", cells)
+    assert report.read_cells(tmp_path / "x.csv") == cells
+
+
+def test_words_are_swapped() -> None:
+    caption, others = "a man | runs", ["a man | sleeps", "a cat | runs"]
+    assert target_caption(caption, others, "subject") == "a cat | runs"
+    assert target_caption(caption, others, "motion") == "a man | sleeps"
+    assert target_caption(caption, [], "subject", subject="a robot") == "a robot | runs"
+    assert target_caption(caption, [], "noise") == caption
+    for swap in ("subject", "motion"):
+        with pytest.raises(UsageError, match=f"--{swap} WORDS"):
+            target_caption(caption, [caption], swap)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("boundaries", [1, 51])
+def test_boundaries_must_fit_the_steps(boundaries: int) -> None:
+    with pytest.raises(UsageError, match="from 2 to 50"):
+        marks(50, boundaries)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("references")
+    write_clips(folder, 2, frames=9, height=32, width=32)
+    for file in folder.glob("*.txt"):
+        file.write_text(file.read_text().replace(" moves", " | moves"))
+    return folder
+
+
+def test_a_probe_of_a_real_network_from_the_command(
+    clips: Path, tiny_checkpoint: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "probe"
+    command = ["probe", f"--model={tiny_checkpoint('wan')}", f"--videos={clips}", f"--out={out}", "--steps=4"]
+    command += ["--boundaries=2", "--refinements=1", "--frames=[9]", "--height=16", "--width=16"]
+    command += ["--swaps=[subject,motion,noise]"]
+    assert main(command) == 0
+    cells = report.read_cells(out / "grid.csv")
+    assert {(c.swap, c.clip) for c in cells} == {
+        (s, c) for s in ("subject", "motion", "noise") for c in ("clip-000", "clip-001")
+    }
+    assert sum(c.swap == "subject" for c in cells) == 2 * (1 + 3)
+    untouched = [c for c in cells if c.start == c.end]
+    assert all(c.similarity == 1.0 and c.ratio == pytest.approx(1.0) for c in untouched if c.ratio)
+    for name in ("heatmap-subject-9f", "heatmap-motion-9f", "curves-subject-9f", "curves-noise-9f"):
+        assert (out / f"{name}.png").stat().st_size > 1000
+    result = json.loads((out / "probe.json").read_text())
+    assert [c["swap"] for c in result["cross_checks"]] == ["motion", "noise"]
+    assert result["settings"]["how"]["steps"] == 4
+    # Stopped after one clip: what is done is kept, and the same comes out.
+    kept = (out / "cells/clip-000.9f.subject.csv").stat().st_mtime_ns
+    (out / "cells/clip-001.9f.subject.csv").unlink()
+    before = (out / "grid.csv").read_text()
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "5 of 6 grids" in capsys.readouterr().out
+    assert (out / "cells/clip-000.9f.subject.csv").stat().st_mtime_ns == kept
+    assert (out / "grid.csv").read_text() == before
+    # Other settings do not mix.
+    assert main([*command, "--guidance=3"]) == 2
+    assert "guidance" in capsys.readouterr().err
+
+
+def test_the_inverted_path_is_the_source_path(tiny_checkpoint: Tiny) -> None:
+    """What lets cells share their beginnings: sampling from the noise visits the states of the inversion."""
+    backbone = open_tiny(tiny_checkpoint("wan"))
+    latents, _, text = denoising_inputs(backbone, samples=1)
+    denoise = backbone.guided(text)
+    path = inversion.invert(denoise, latents, backbone.schedule, 8, refinements=4)
+    for done in (2, 5, 8):
+        z = inversion.resample(denoise, path[-1], backbone.schedule, 8, stop=done)
+        assert float(inversion.relative_error(z, path[8 - done])) < 1e-3
+
+
+# -- tau ---------------------------------------------------------------------------------------------------------------
+
+
+def test_tau_comes_from_a_value_a_probe_or_the_table(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    backbone = open_tiny(tiny_checkpoint("cogvideox"))
+    assert Tau().resolve(backbone).value == 950.0
+    assert Tau(600.0).resolve(backbone).value == 600.0
+    assert Tau(0.0, "logsnr").resolve(backbone).value == backbone.schedule.time_of_logsnr(0.0)
+    (tmp_path / "probe.json").write_text(json.dumps({"tau": 812.0, "family": "CogVideoX"}))
+    assert Tau(from_probe=str(tmp_path)).resolve(backbone).value == 812.0
+    with pytest.raises(UsageError, match="of CogVideoX"):
+        read_tau(tmp_path, "Wan")
+    (tmp_path / "probe.json").write_text(json.dumps({"tau": None, "family": "CogVideoX", "reason": "all the same"}))
+    with pytest.raises(UsageError, match="all the same"):
+        Tau(from_probe=str(tmp_path)).resolve(backbone)
+
+
+@pytest.mark.parametrize(
+    ("tau", "said"),
+    [
+        (lambda: Tau(1200.0), "0 to 1000"),
+        (lambda: Tau(999.5), "below 999"),
+        (lambda: Tau(5.0, from_probe="x"), "one of the two"),
+        (lambda: Tau(from_probe="nowhere"), "no result of a probe"),
+        (lambda: Tau(), "none is published for Wan"),
+    ],
+)
+def test_a_tau_that_cannot_be_is_refused(tau: Callable[[], Tau], said: str, tiny_checkpoint: Tiny) -> None:
+    from muybridge.backbones import pick_family
+
+    described = pick_family(str(tiny_checkpoint("wan")))(path=str(tiny_checkpoint("wan")))
+    with pytest.raises(UsageError, match=said):
+        tau().resolve(described)
