@@ -18,7 +18,7 @@ from muybridge.backbones.base import Backbone
 from muybridge.batch import Batch
 from muybridge.diffusion.conditioning import Conditioning
 from muybridge.diffusion.draws import keyed_generator
-from muybridge.diffusion.steps import DenoisingStep
+from muybridge.diffusion.steps import DenoisingStep, denoising_step
 from muybridge.diffusion.timesteps import TimestepSampler, Uniform
 from muybridge.errors import UsageError
 from muybridge.export import export_adapter, export_pipeline
@@ -156,22 +156,8 @@ class Finetuning(DiffusionModule):
         self, clean: Tensor, noise: Tensor, t: Tensor, text: Conditioning, batch: Batch
     ) -> DenoisingStep:
         """Noise the latents, run the network, collect all that a loss may want."""
-        schedule = self.backbone.schedule
-        noisy = schedule.add_noise(clean, noise, t)
-        prediction = self.backbone(noisy, t, text)
-        return DenoisingStep(
-            clean=clean,
-            noise=noise,
-            noisy=noisy,
-            t=t,
-            prediction=prediction,
-            target=schedule.target(clean, noise, t),
-            x0=schedule.to_x0(prediction, noisy, t),
-            conditioning=text,
-            weights=batch.weights,
-            schedule=schedule,
-            present=batch.present,
-        )
+        schedule, weights, present = self.backbone.schedule, batch.weights, batch.present
+        return denoising_step(self.backbone, schedule, clean, noise, t, text, weights, present)
 
     def draw(self, batch: Batch, shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Noise, times and caption dropout of a training batch, on the CPU.

@@ -2,7 +2,7 @@
 
 from muybridge.diffusion.boundaries import Boundary
 from muybridge.diffusion.conditioning import Conditioning
-from muybridge.diffusion.draws import keyed_generator, keyed_noise
+from muybridge.diffusion.draws import keyed_generator, keyed_noise, shared_noise
 from muybridge.diffusion.predictions import Prediction, convert, guide
 from muybridge.diffusion.samplers import few_step, many_step
 from muybridge.diffusion.schedules import FlowSchedule, NoiseSchedule, VPSchedule, shift_level, shifted_steps
@@ -29,6 +29,7 @@ __all__ = [
     "keyed_generator",
     "keyed_noise",
     "many_step",
+    "shared_noise",
     "shift_level",
     "shifted_steps",
 ]

@@ -23,3 +23,8 @@ def keyed_generator(seed: int, *key: str | int) -> torch.Generator:
 def keyed_noise(shape: tuple[int, ...], seed: int, *key: str | int) -> Tensor:
     """Standard normal noise of ``shape`` (no batch axis), float32 on the CPU."""
     return torch.randn(shape, generator=keyed_generator(seed, *key))
+
+
+def shared_noise(shape: tuple[int, ...], seed: int) -> Tensor:
+    """One draw for all clips of a shape, (C, F, H, W): what makes their gradients comparable (eq. 2 of motion attribution)."""
+    return keyed_noise(tuple(shape), seed, "shared", *shape)

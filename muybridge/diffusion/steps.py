@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Optional
 
@@ -41,6 +42,36 @@ class DenoisingStep:
     weights: Optional[Tensor]
     schedule: NoiseSchedule
     present: Optional[Tensor] = None
+
+
+def denoising_step(
+    denoise: Callable[[Tensor, Tensor, Conditioning], Tensor],
+    schedule: NoiseSchedule,
+    clean: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    conditioning: Conditioning,
+    weights: Optional[Tensor] = None,
+    present: Optional[Tensor] = None,
+) -> DenoisingStep:
+    """Noise the latents, run the network, collect all that a loss may want.
+
+    Args:
+        denoise: The network.
+        schedule: Its noise schedule.
+        clean: Latents (B, C, F, H, W).
+        noise: Same shape.
+        t: Times, (B,) or (B, F).
+        conditioning: One per sample.
+        weights: Motion weights, where the data has them.
+        present: (B,), False for a sample that is a blank in the place of one that could not be read.
+    """
+    noisy = schedule.add_noise(clean, noise, t)
+    prediction = denoise(noisy, t, conditioning)
+    target, x0 = schedule.target(clean, noise, t), schedule.to_x0(prediction, noisy, t)
+    return DenoisingStep(
+        clean, noise, noisy, t, prediction, target, x0, conditioning, weights, schedule, present=present
+    )
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from muybridge.losses.base import Loss, per_sample
 from muybridge.losses.denoising import Denoising
 from muybridge.losses.distribution_matching import DistributionMatching
 from muybridge.losses.motion_score_matching import MotionScoreMatching
+from muybridge.losses.motion_weighted import MotionWeightedDenoising
 from muybridge.losses.regression import Regression
 from muybridge.losses.trajectory_regression import TrajectoryRegression
 
@@ -14,6 +15,7 @@ __all__ = [
     "DistributionMatching",
     "Loss",
     "MotionScoreMatching",
+    "MotionWeightedDenoising",
     "Regression",
     "TrajectoryRegression",
     "per_sample",

@@ -5,33 +5,24 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any, Optional
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from muybridge.errors import UsageError
 from muybridge.metrics.base import PerClip
+from muybridge.motion.estimators import DIS
 from muybridge.video import to_frames
 
 
 def dis_flow(pixels: Tensor) -> Tensor:
-    """Flow of each frame to the next by OpenCV's DIS, (B, F-1, 2, H, W) in pixels, x first.
-
-    An estimator is made anew for each pair: one that has seen a small picture keeps its finest scale for all later ones.
+    """Flow of each frame to the next by :class:`~muybridge.motion.DIS` on the picture as it is, (B, F-1, 2, H, W) in pixels, x first.
 
     Args:
         pixels: Clips, (B, 3, F, H, W) in [-1, 1].
     """
-    import cv2
-
-    make: Any = getattr(cv2, "DISOpticalFlow_create")  # noqa: B009 (OpenCV's stubs leave it out)
-
-    found = []
-    for clip in pixels:
-        grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in to_frames(clip)]
-        pairs = [make(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(a, b, None) for a, b in pairwise(grey)]
-        found.append(torch.from_numpy(np.stack(pairs)).permute(0, 3, 1, 2))
-    return torch.stack(found)
+    estimator = DIS(side=0)
+    clips = [to_frames(clip) for clip in pixels]
+    return torch.stack([torch.stack([estimator.flow(a, b) for a, b in pairwise(frames)]) for frames in clips])
 
 
 def motion_amount(flow: Tensor, share: float = 0.05) -> Tensor:

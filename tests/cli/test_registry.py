@@ -10,11 +10,13 @@ import lightning.pytorch as pl
 import pytest
 
 from muybridge import registry, tiny
+from muybridge.attribution.projection import Projection
 from muybridge.backbones import Backbone, Pretrained
 from muybridge.cli.jobs import Trainer
 from muybridge.cli.tools import verb_function
 from muybridge.cli.verbs import list as listing
 from muybridge.losses import Loss
+from muybridge.motion import MotionEstimator
 
 PACKAGES = ("muybridge", "lightning_modules", "datamodules", "callbacks")
 # Each table, the base of its classes, and the room they live in.
@@ -24,6 +26,8 @@ TABLES = {
     "MODULES": (registry.MODULES, pl.LightningModule, "lightning_modules"),
     "DATAMODULES": (registry.DATAMODULES, pl.LightningDataModule, "datamodules"),
     "CALLBACKS": (registry.CALLBACKS, pl.Callback, "callbacks"),
+    "ESTIMATORS": (registry.ESTIMATORS, MotionEstimator, "muybridge"),
+    "PROJECTIONS": (registry.PROJECTIONS, Projection, "muybridge"),
 }
 
 

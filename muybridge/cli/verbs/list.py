@@ -90,6 +90,11 @@ KINDS: dict[str, tuple[str, Callable[[], list[Row]]]] = {
         "data: {class_path: NAME}; options: muybridge fit --data.help NAME",
         lambda: classes(registry.DATAMODULES),
     ),
+    "estimators": ("muybridge cache --motion NAME", lambda: classes(registry.ESTIMATORS)),
+    "projections": (
+        "projection: {class_path: NAME} of callbacks.GradientCapture",
+        lambda: classes(registry.PROJECTIONS),
+    ),
     "callbacks": ("trainer.callbacks: [{class_path: NAME}]", lambda: classes(registry.CALLBACKS)),
     "tiny": ("muybridge tiny --family NAME --out DIR", tiny),
     "configs": ("muybridge fit -c NAME", configs),
