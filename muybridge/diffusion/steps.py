@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Optional
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from muybridge.diffusion.conditioning import Conditioning
 from muybridge.diffusion.schedules import NoiseSchedule
@@ -29,6 +29,7 @@ class DenoisingStep:
         schedule: The family's noise schedule, for losses that need another kind of prediction.
         present: (B,), False for slots that count for nothing, whatever a loss says of them: for losses that compare the samples
             of a batch with one another. ``None``: all are there.
+        network: What predicted, for losses that read more of it than its prediction.
     """
 
     clean: Tensor
@@ -42,6 +43,7 @@ class DenoisingStep:
     weights: Optional[Tensor]
     schedule: NoiseSchedule
     present: Optional[Tensor] = None
+    network: Optional[nn.Module] = None
 
 
 def denoising_step(
@@ -70,7 +72,18 @@ def denoising_step(
     prediction = denoise(noisy, t, conditioning)
     target, x0 = schedule.target(clean, noise, t), schedule.to_x0(prediction, noisy, t)
     return DenoisingStep(
-        clean, noise, noisy, t, prediction, target, x0, conditioning, weights, schedule, present=present
+        clean,
+        noise,
+        noisy,
+        t,
+        prediction,
+        target,
+        x0,
+        conditioning,
+        weights,
+        schedule,
+        present=present,
+        network=denoise if isinstance(denoise, nn.Module) else None,
     )
 
 
