@@ -250,35 +250,37 @@ class ShardedEngine(PerSample):
                 gradient, parameter.grad = parameter.grad, None
                 if gradient is None:
                     continue
-                piece, start = self._mine(name, gradient)
+                piece, start = self._mine(gradient)
                 if piece.numel():
                     with torch.no_grad():
                         sink(name, piece.reshape(1, -1), start)
             return values.detach()
 
-    def _mine(self, name: str, gradient: Tensor) -> tuple[Tensor, int]:
+    def _mine(self, gradient: Tensor) -> tuple[Tensor, int]:
         """This rank's stretch of a flattened gradient, and where it begins."""
-        from torch.distributed.tensor import DTensor, Replicate, Shard
+        if hasattr(gradient, "to_local"):
+            return local_stretch(gradient)
+        flat, count = gradient.flatten(), gradient.numel()
+        first, last = (count * r // self.world for r in (self.rank, self.rank + 1))
+        return flat[first:last], first
 
-        if not isinstance(gradient, DTensor):
-            flat, count = gradient.flatten(), gradient.numel()
-            first, last = (count * r // self.world for r in (self.rank, self.rank + 1))
-            return flat[first:last], first
-        split = [p for p in gradient.placements if not isinstance(p, Replicate)]
-        if split != [Shard(0)]:
-            raise UsageError(
-                f"{name} is sharded as {gradient.placements}", "a split of its first axis, as FSDP2 makes it"
-            )
-        # Replicas (HSDP) hold the same part: the first of them gives it away.
-        mesh, own = gradient.device_mesh, True
-        for axis, placement in enumerate(gradient.placements):
-            own &= not isinstance(placement, Replicate) or mesh.get_local_rank(axis) == 0
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-        _, offset = compute_local_shape_and_global_offset(gradient.shape, mesh, gradient.placements)
-        part = gradient.to_local().flatten()
-        row = gradient.numel() // max(gradient.shape[0], 1)
-        return (part if own else part[:0]), int(offset[0]) * row if gradient.ndim else 0
+def local_stretch(tensor: Tensor) -> tuple[Tensor, int]:
+    """This rank's stretch of a flattened FSDP2 shard, and where it begins in the whole; of replicas the first has it all."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    assert isinstance(tensor, DTensor)
+    mesh, own = tensor.device_mesh, True
+    if [p for p in tensor.placements if not isinstance(p, Replicate)] != [Shard(0)]:
+        raise UsageError(
+            f"a parameter is sharded as {tensor.placements}", "a split of its first axis, as FSDP2 makes it"
+        )
+    for axis, placement in enumerate(tensor.placements):
+        own &= not isinstance(placement, Replicate) or mesh.get_local_rank(axis) == 0
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
+    part = tensor.to_local().flatten()
+    return (part if own else part[:0]), int(offset[0]) * (tensor.numel() // max(tensor.shape[0], 1))
 
 
 # -- whole gradients -----------------------------------------------------------------------------------------------------------
