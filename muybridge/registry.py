@@ -21,6 +21,13 @@ BACKBONES: dict[str, str] = {
 
 LOSSES: dict[str, str] = {
     "Denoising": "muybridge.losses.denoising",
+    "MotionFeatureMatching": "muybridge.losses.motion_feature_matching",
+    "FrameResidual": "muybridge.losses.frame_residual",
+    "AppearanceDebiased": "muybridge.losses.appearance_debiased",
+    "TemporalHighPass": "muybridge.losses.temporal_high_pass",
+    "SpaceTimeFeatures": "muybridge.losses.space_time_features",
+    "MotionFeatures": "muybridge.losses.motion_features",
+    "AttentionMotionFlow": "muybridge.losses.attention_motion_flow",
     "DistributionMatching": "muybridge.losses.distribution_matching",
     "MotionScoreMatching": "muybridge.losses.motion_score_matching",
     "MotionWeightedDenoising": "muybridge.losses.motion_weighted",

@@ -158,6 +158,14 @@ class AttentionRecord:
             )
         return (total - count, total) if self.text == "first" else (0, count)
 
+    def video_queries(self) -> Tensor:
+        """Queries of the video's tokens alone, (B, heads, F·h·w, d); of unified attention."""
+        return self._video(self.query)
+
+    def video_keys(self) -> Tensor:
+        """Keys of the video's tokens alone, (B, heads, F·h·w, d); of unified attention."""
+        return self._video(self.key)
+
     def _video(self, x: Tensor) -> Tensor:
         start, stop = self._video_span()
         return x[:, :, start:stop]

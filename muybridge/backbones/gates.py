@@ -193,7 +193,7 @@ class _GateHook:
     def before(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._undo.append(None)
         label = kwargs["timestep"] if "timestep" in kwargs else self._bound(network, args, kwargs)
-        if not self._open(torch.as_tensor(label)):
+        if not self._open(network, torch.as_tensor(label)):
             self._undo[-1] = switch_off(network, self.name)
 
     def after(self, network: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -210,7 +210,7 @@ class _GateHook:
             )
         return arguments["timestep"]
 
-    def _open(self, label: Tensor) -> bool:
+    def _open(self, network: nn.Module, label: Tensor) -> bool:
         times = self.to_time(label.detach().float()).flatten()
         if label.ndim == 2:
             # One time per token: tokens of given, clean frames are at 0 and say nothing of where the sampling is.
@@ -220,6 +220,9 @@ class _GateHook:
             return True
         if not bool(inside.any()):
             return False
+        if all(layer.disable_adapters for layer in adapter_layers(network, self.name).values()):
+            # A pass of the base model may hold any times: there is nothing to switch.
+            return True
         raise UsageError(
             f"one call holds times on both sides of the adapter's range {self.t_min:g} to {self.t_max:g}: "
             + ", ".join(f"{t:g}" for t in times[:8].tolist()),
