@@ -2,8 +2,10 @@
 
 from lightning_modules.autoencoder import Autoencoder
 from lightning_modules.base import DiffusionModule, Sampling
+from lightning_modules.customization import MotionCustomization
 from lightning_modules.distillation import Clips, Distillation
 from lightning_modules.finetuning import Finetuning
+from lightning_modules.motion_score import Mixing, MotionScore, Rating, Windows
 from lightning_modules.optimization import LearningRate
 from lightning_modules.parallel import FullyShard
 from lightning_modules.trajectory import TrajectoryDistillation
@@ -16,6 +18,11 @@ __all__ = [
     "Finetuning",
     "FullyShard",
     "LearningRate",
+    "MotionCustomization",
+    "Mixing",
+    "MotionScore",
+    "Rating",
     "Sampling",
     "TrajectoryDistillation",
+    "Windows",
 ]

@@ -40,6 +40,7 @@ LOSSES: dict[str, str] = {
 MODULES: dict[str, str] = {
     "Finetuning": "lightning_modules.finetuning",
     "TrajectoryDistillation": "lightning_modules.trajectory",
+    "MotionScore": "lightning_modules.motion_score",
     "Distillation": "lightning_modules.distillation",
     "Autoencoder": "lightning_modules.autoencoder",
 }

@@ -494,7 +494,7 @@ class Backbone(nn.Module, ABC):
         """
         if not is_causal(self):
             denoise = self.guided(conditioning, unconditional, guidance)
-            return self._run_sampler(denoise, noise, steps, generator, on_step)
+            return self.run_sampler(denoise, noise, steps, generator, on_step)
         assert self.causal is not None
         blocks, made = len(self.causal.spans(noise.shape[2])), 0
 
@@ -503,7 +503,7 @@ class Backbone(nn.Module, ABC):
                 on_step(made * count + index, blocks * count, time, latents)
 
         def sample_block(denoise: samplers.Denoiser, noise: Tensor) -> Tensor:
-            return self._run_sampler(denoise, noise, steps, generator, counted)
+            return self.run_sampler(denoise, noise, steps, generator, counted)
 
         parts = []
         for part in stream(self, noise, conditioning, sample_block, unconditional, guidance):
@@ -511,7 +511,7 @@ class Backbone(nn.Module, ABC):
             made += 1
         return torch.cat(parts, 2)
 
-    def _run_sampler(
+    def run_sampler(
         self,
         denoise: samplers.Denoiser,
         noise: Tensor,
@@ -519,7 +519,15 @@ class Backbone(nn.Module, ABC):
         generator: Optional[samplers.Generators],
         on_step: Optional[samplers.OnStep],
     ) -> Tensor:
-        """A number of steps runs the checkpoint's scheduler, a list of times the few-step sampler."""
+        """Latents from noise by any denoiser of this family's latents.
+
+        Args:
+            denoise: What predicts.
+            noise: Standard normal latents (B, C, F, H, W).
+            steps: A number runs the checkpoint's own scheduler, a list of falling times the few-step sampler.
+            generator: As for :meth:`sample`.
+            on_step: As for :meth:`sample`.
+        """
         if not isinstance(steps, int):
             return samplers.few_step(denoise, noise, self.schedule, steps, generator, on_step)
         scheduler = self.inference_scheduler(steps, noise)

@@ -1,4 +1,8 @@
-"""A teacher's way from noise to clean by its probability-flow ODE, and the states it passes through."""
+"""A model's way from noise to clean by its probability-flow ODE, and the states it passes through.
+
+A step takes what the network says of a state, ``(x̂0, ε̂)``, to ``z' = α' x̂0 + σ' ε̂``: Euler's step for flow models, DDIM's
+for variance-preserving ones.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,6 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from muybridge.diffusion.inversion import Node, node, ode_step
 from muybridge.diffusion.samplers import Denoiser
 from muybridge.diffusion.schedules import T_MAX, FlowSchedule, NoiseSchedule, shift_level
 from muybridge.errors import UsageError
@@ -43,7 +46,7 @@ def ode_times(schedule: NoiseSchedule, steps: int, shift: Optional[float] = None
 def ode_path(
     denoise: Denoiser, noise: Tensor, schedule: NoiseSchedule, times: Sequence[float]
 ) -> Iterator[tuple[float, Tensor]]:
-    """Times and states from noise to clean, the first and the last included; one network call a step.
+    """Times and states from noise to clean, the first and the last included.
 
     Args:
         denoise: The network, with guidance inside.
@@ -54,6 +57,9 @@ def ode_path(
     state = noise
     yield times[0], state
     for now, then in pairwise(times):
-        there = Node(0.0, 1.0, 0.0) if then == 0.0 else node(schedule, then)
-        state = ode_step(denoise, state, node(schedule, now), there, schedule)
+        t = torch.full((noise.shape[0],), now, device=noise.device)
+        prediction = denoise(state, t)
+        x0, eps = schedule.to_x0(prediction, state, t), schedule.to_eps(prediction, state, t)
+        # No entry of a table is without noise: the end is the estimate itself.
+        state = x0 if then == 0.0 else schedule.add_noise(x0, eps, torch.full_like(t, then))
         yield then, state

@@ -3,6 +3,7 @@
 from muybridge.metrics.base import Estimate, PerClip
 from muybridge.metrics.flow import MotionAmount, MotionSmoothness, dis_flow, motion_amount, motion_smoothness
 from muybridge.metrics.law import LawScore, law_score
+from muybridge.metrics.likelihood import MotionLikelihood, motion_likelihood
 from muybridge.metrics.reading import Leakage, ReaderAccuracy, leak, read_pixels
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "LawScore",
     "Leakage",
     "MotionAmount",
+    "MotionLikelihood",
     "MotionSmoothness",
     "PerClip",
     "ReaderAccuracy",
@@ -17,6 +19,7 @@ __all__ = [
     "law_score",
     "leak",
     "motion_amount",
+    "motion_likelihood",
     "motion_smoothness",
     "read_pixels",
 ]
