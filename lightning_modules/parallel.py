@@ -22,12 +22,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
+from lightning_modules.checkpoints import METADATA, culprit, damage_is_said, load_plain
 from muybridge.backbones.base import Backbone, DType
 from muybridge.backbones.sharding import local, shard
 from muybridge.errors import UsageError
-
-METADATA = "meta.pt"
-"""The file of a checkpoint folder that holds all but tensors; Lightning's name for it."""
 
 
 class FullyShard(ModelParallelStrategy):
@@ -187,7 +185,8 @@ class FullyShard(ModelParallelStrategy):
         path = Path(self.broadcast(str(checkpoint_path)))
         safe = not self.trust_checkpoints if weights_only is None else weights_only
         if path.is_dir():
-            return self._load_folder(path, safe)
+            with damage_is_said(path):
+                return self._load_folder(path, safe)
         if path.is_file():
             return self._load_file(path, safe)
         raise UsageError(
@@ -374,28 +373,10 @@ def check_plain(metadata: Mapping[str, Any]) -> None:
             torch.load(buffer, weights_only=True)
         except pickle.UnpicklingError as error:
             raise UsageError(
-                f"the checkpoint's {key!r} holds an object that could not be loaded again ({_culprit(error)})",
+                f"the checkpoint's {key!r} holds an object that could not be loaded again ({culprit(error)})",
                 "tensors, numbers, strings, lists and dicts in hyper-parameters and in the states of callbacks",
                 "convert it to one of these, or set trust_checkpoints of FullyShard",
             ) from error
-
-
-def load_plain(path: Path, safe: bool = True) -> dict[str, Any]:
-    """``torch.load`` onto the CPU without reading tensors before they are used; with ``safe``, tensors and plain types only."""
-    try:
-        return torch.load(path, mmap=True, map_location="cpu", weights_only=safe)
-    except pickle.UnpicklingError as error:
-        raise UsageError(
-            f"{path} holds an object that is neither a tensor nor of a plain type ({_culprit(error)})",
-            "a checkpoint that muybridge wrote",
-            "if you trust who made it, set trust_checkpoints of FullyShard",
-        ) from error
-
-
-def _culprit(error: Exception) -> str:
-    """The sentence of torch's long message that names the class."""
-    named = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line]
-    return named[0] if named else str(error).splitlines()[0]
 
 
 def _remove(path: Path) -> None:

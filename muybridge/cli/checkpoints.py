@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
@@ -28,6 +30,27 @@ def written(places: Sequence[Path]) -> list[Path]:
     """All checkpoints in or below some folders, oldest first."""
     found = {p for place in places if place.is_dir() for p in place.rglob("*.ckpt") if is_checkpoint(p)}
     return sorted(found, key=lambda p: (p.stat().st_mtime_ns, str(p)))
+
+
+@contextmanager
+def one_file(given: Optional[str], beside: str | Path) -> Iterator[Optional[str]]:
+    """A checkpoint as one file: the folder of a sharded one is put together next to ``beside``, and that file goes away again.
+
+    Args:
+        given: A file or a folder; ``None`` stays ``None``.
+        beside: A path whose directory is written to.
+    """
+    if given is None or not Path(given).is_dir():
+        yield given
+        return
+    from lightning_modules.parallel import consolidate
+
+    whole = Path(beside).absolute()
+    merged = whole.with_name(f".{whole.name}.{os.getpid()}.ckpt")
+    try:
+        yield str(consolidate(given, merged))
+    finally:
+        merged.unlink(missing_ok=True)
 
 
 def say(text: str) -> None:
@@ -103,11 +126,10 @@ def _existing(given: str) -> str:
 
 def _best(found: Sequence[Path]) -> Path:
     """The best by the monitored value, as the newest checkpoint remembers it."""
-    import torch
+    from lightning_modules.checkpoints import load_plain
 
     newest = found[-1]
-    file = newest / "meta.pt" if newest.is_dir() else newest
-    states = torch.load(file, map_location="cpu", weights_only=True, mmap=True).get("callbacks", {})
+    states = load_plain(newest / "meta.pt" if newest.is_dir() else newest).get("callbacks", {})
     best = [
         Path(s["best_model_path"])
         for s in states.values()

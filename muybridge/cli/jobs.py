@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import muybridge
+from lightning_modules.checkpoints import WholeFiles
 from muybridge import registry
 from muybridge.cli import checkpoints, places
 from muybridge.cli.files import Config, classes_beside
@@ -149,11 +150,16 @@ class CLI(LightningCLI):
             # The Trainer takes text for one of its own names before it is taken for a class.
             kwargs["strategy"] = strategies()[name]()
         try:
-            return super().instantiate_trainer(**{**kwargs, **self.trainer_settings})
+            trainer = super().instantiate_trainer(**{**kwargs, **self.trainer_settings})
         except (MisconfigurationException, ValueError, TypeError) as error:
             if isinstance(error, UsageError):
                 raise
             raise UsageError(f"trainer: {error}") from error
+        strategy = trainer.strategy
+        # A plugin of the config's stays, and so do strategies (XLA) that bring their own way to files.
+        if strategy._checkpoint_io is None and type(strategy).checkpoint_io is Strategy.checkpoint_io:
+            strategy.checkpoint_io = WholeFiles()
+        return trainer
 
     def after_instantiate_classes(self) -> None:
         """Everything that can be checked now is: before other processes start and before weights load."""

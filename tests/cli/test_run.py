@@ -284,3 +284,16 @@ def test_an_error_on_several_ranks_is_said_once(tiny_options: Options, tmp_path:
     assert (len(plain), len(marked)) in ((1, 0), (0, 1), (1, 1)), err
     assert all("too short" in line for line in plain + marked)
     assert process.returncode != 0
+
+
+def test_a_damaged_checkpoint_is_an_error_in_words(command: Command, tiny_options: Options, tmp_path: Path):
+    options = [*tiny_options("wan"), *SHORT]
+    assert command("fit", *options, "--trainer.max_steps=2").code == 0
+    (last,) = (tmp_path / "run").rglob("last.ckpt")
+    assert not list((tmp_path / "run").rglob("*.partial"))
+    last.write_bytes(last.read_bytes()[:5000])
+    for verb in (["fit"], ["validate"], ["export", "--out=x"]):
+        result = command(verb[0], *options, *verb[1:], f"--ckpt_path={last}")
+        assert result.code == 2
+        assert f"checkpoint {last} is damaged: last.ckpt is cut off" in result.message
+        assert "go on from another one, such as" in result.message

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from support.counting import QUIET, Numbers
+from support.counting import QUIET, Numbers, Some
 from support.jobs import finetuning, latents_for, trainer
 from support.ranks import run_ranks
 from support.strategies import Left, run, strategy
@@ -278,8 +278,8 @@ class Pair(pl.LightningModule):
             for network in (self.first, self.second):
                 fully_shard(network, mesh=self.trainer.strategy.mesh)
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> None:
-        x = self.rows[batch]
+    def training_step(self, batch: Some, batch_idx: int) -> None:
+        x = self.rows[batch.numbers]
         first, second = self.optimizers()  # type: ignore[attr-defined]
         for network, optimizer in ((self.second, second), (self.first, first)):
             if optimizer is first and batch_idx < self.wait:
