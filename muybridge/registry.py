@@ -39,6 +39,7 @@ LOSSES: dict[str, str] = {
 
 MODULES: dict[str, str] = {
     "Finetuning": "lightning_modules.finetuning",
+    "MotionCustomization": "lightning_modules.customization",
     "TrajectoryDistillation": "lightning_modules.trajectory",
     "MotionScore": "lightning_modules.motion_score",
     "Distillation": "lightning_modules.distillation",
