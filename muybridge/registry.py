@@ -58,6 +58,7 @@ CALLBACKS: dict[str, str] = {
     "EMA": "callbacks.ema",
     "Samples": "callbacks.samples",
     "Preemption": "callbacks.preemption",
+    "MotionMonitor": "callbacks.motion_monitor",
     "GradientCapture": "callbacks.gradient_capture",
 }
 
@@ -98,6 +99,7 @@ VERBS: dict[str, Verb] = {
     "validate": Verb("measure the validation loss of a checkpoint", "loop"),
     "test": Verb("measure the loss on the test clips", "loop"),
     "predict": Verb("make videos", "loop"),
+    "sample": Verb("make a video of every prompt of a file, a distilled student's in its few steps", "job"),
     "export": Verb("turn a checkpoint into a diffusers pipeline, or into adapter files", "job"),
     "cache": Verb("encode latents and text embeddings once, for training without VAE and text encoder", "job"),
     "attribute": Verb("project the gradients of training clips and of query clips into a store", "job"),

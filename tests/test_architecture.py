@@ -32,6 +32,7 @@ HEIGHT = {
     "averaging": 3,
     "data": 3,
     "export": 3,
+    "toy_scores": 3,
     "few_step_scheduler": 3,
     "tiny": 3,
     "toy_clips": 3,

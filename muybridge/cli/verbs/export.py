@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
+from muybridge.cli.checkpoints import one_file
 from muybridge.errors import UsageError
 
 TRAINER = {
@@ -38,14 +38,6 @@ def export(trainer: Any, model: Any, ckpt_path: str, out: str) -> None:
             f"{out} exists and is not empty", "a new directory", "choose another --out, or remove it first"
         )
 
-    file = Path(ckpt_path)
-    merged = Path(out).absolute().with_name(f".{Path(out).name}.{os.getpid()}.ckpt")
-    try:
-        if file.is_dir():
-            from lightning_modules.parallel import consolidate
-
-            file = consolidate(file, merged)
-        for path in trainer.run_with(model, lambda: model.export(out), str(file)):
+    with one_file(ckpt_path, out) as file:
+        for path in trainer.run_with(model, lambda: model.export(out), file):
             print(path)
-    finally:
-        merged.unlink(missing_ok=True)

@@ -1,0 +1,216 @@
+"""Distillation through the command: from a teacher to a pipeline that others load, killed and gone on with."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from muybridge.backbones import load
+from muybridge.backbones.base import Backbone
+from muybridge.diffusion import FlowSchedule
+from muybridge.export import export_pipeline
+from muybridge.few_step_scheduler import stock
+
+from .conftest import ROOT, Command
+
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.logger=false"]
+
+
+@pytest.fixture
+def options(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> list[str]:
+    """What points the shipped tiny config at this test's files."""
+    return [
+        "-c=tiny/distill-stage1.yaml",
+        f"--model.teacher.path={tiny_checkpoint('wan')}",
+        "--model.teacher.max_text_length=16",
+        f"--trainer.default_root_dir={tmp_path / 'run'}",
+        *QUIET,
+    ]
+
+
+def state(folder: Path) -> dict[str, Tensor]:
+    file = max(folder.rglob("last.ckpt"), key=lambda p: p.stat().st_mtime_ns)
+    return torch.load(file, weights_only=True)["state_dict"]  # type: ignore[no-any-return]
+
+
+def test_a_student_becomes_a_pipeline_that_samples_as_it_was_trained(
+    command: Command, options: list[str], tmp_path: Path
+):
+    assert command("fit", *options, "--trainer.max_steps=4").code == 0
+    rows = (tmp_path / "run/motion/motion.csv").read_text().splitlines()
+    assert rows[0].startswith("update,amount,smoothness,amount_ratio,amount_of_teacher")
+    assert [row.split(",")[0] for row in rows[1:]] == ["2"]
+    assert {p.name for p in (tmp_path / "run/motion").iterdir()} >= {"teacher.png", "update-0000002.png"}
+
+    assert command("export", *options, "--ckpt_path=last", "--out=student").code == 0
+    averages = {n: w for n, w in state(tmp_path / "run").items() if n.startswith("average.")}
+    student = load("student", max_text_length=16)
+    for name, weight in student.named_parameters():
+        assert torch.equal(weight, averages[f"average.own_student__{name.replace('.', '__')}"])
+
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained("student")
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, *student.latent_shape(9, 32, 32), generator=torch.Generator().manual_seed(1))
+    common = dict(latents=noise, height=32, width=32, num_frames=9, max_sequence_length=16, output_type="pt")
+    torch.manual_seed(7)
+    video = pipeline("a dog", num_inference_steps=3, guidance_scale=1.0, **common).frames
+    torch.manual_seed(7)
+    ours = student.decode(student.sample(noise, student.encode_text(["a dog"]), steps=[1000.0, 757.0, 522.0]))
+    torch.testing.assert_close(video[0].permute(1, 0, 2, 3) * 2 - 1, ours[0], atol=2e-4, rtol=0)
+    assert pipeline.scheduler.timesteps.tolist() == pytest.approx([1000.0, 757.0, 522.0], abs=1e-3)
+
+    Path("prompts.txt").write_text("a dog\nrain\n")
+    sampling = ["sample", *options, "--ckpt_path=last", "--prompts=prompts.txt", "--out=videos", "--seed=3"]
+    assert command(*sampling).code == 0
+    made = {p.name: p.stat().st_mtime_ns for p in Path("videos").iterdir()}
+    assert {"0000-a-dog.mp4", "0001-rain.mp4", "sheet.png"} <= set(made)
+    Path("videos/0001-rain.mp4").unlink()
+    assert command(*sampling).code == 0
+    again = {p.name: p.stat().st_mtime_ns for p in Path("videos").iterdir()}
+    assert again["0000-a-dog.mp4"] == made["0000-a-dog.mp4"]
+    assert again["0001-rain.mp4"] > made["0001-rain.mp4"]
+    other = command(*sampling[:-1], "--seed=4")
+    assert other.code == 2
+    assert "another sampling" in other.message
+
+
+@pytest.mark.parametrize("layer", ["stage3", "lora"])
+def test_the_other_stages_run_as_layers_over_the_first(
+    layer: str, command: Command, options: list[str], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+):
+    more = [f"-c=tiny/distill-{layer}.yaml", "--trainer.max_steps=2"]
+    if layer == "stage3":
+        more += [f"--model.student.path={tiny_checkpoint('wan')}", "--model.student.max_text_length=16"]
+    assert command("fit", options[0], *more[:1], *options[1:], *more[1:]).code == 0
+    result = command("export", options[0], *more[:1], *options[1:], *more[1:], "--ckpt_path=last", "--out=student")
+    assert result.code == 0
+    assert load("student", max_text_length=16).family == "Wan"
+
+
+def test_a_killed_run_goes_on_bit_for_bit(command: Command, options: list[str], tmp_path: Path):
+    Path("often.yaml").write_text(
+        "trainer:\n  callbacks:\n    - class_path: EMA\n      init_args: {decay: 0.9, start: 2}\n"
+        "    - class_path: ModelCheckpoint\n      init_args: {every_n_train_steps: 1, save_last: true}\n"
+    )
+    run = ["fit", options[0], "-c=often.yaml", *options[1:], "--trainer.max_steps=8"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "muybridge", *run],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "run").rglob("last.ckpt")):
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert command(*run, "--ckpt_path=last").code == 0
+    found = state(tmp_path / "run")
+    whole = [o if "default_root_dir" not in o else f"--trainer.default_root_dir={tmp_path / 'whole'}" for o in run]
+    assert command(*whole).code == 0
+    wanted = state(tmp_path / "whole")
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--model.steps=[1000, 757, 800]"], "the step list is [1000.0, 757.0, 800.0]"),
+        (["--model.losses=[{class_path: MotionScoreMatching, init_args: {weight: -1}}]"], "weight (λ) is -1.0"),
+        (["--model.clips.frames=1"], "two latent frames"),
+        (["--data.texts=null", "--data.prompts=blank.txt"], "blank.txt holds blank lines: 2"),
+        (["--trainer.gradient_clip_val=1.0"], "gradient_clip_val"),
+    ],
+)
+def test_bad_input_is_refused_before_weights_load(
+    more: list[str], words: str, command: Command, options: list[str], loads: list[Backbone]
+):
+    Path("blank.txt").write_text("a dog\n\nrain\n")
+    result = command("fit", *options, *more)
+    assert result.code == 2
+    assert words in result.message
+    assert not loads
+
+
+# -- schedulers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [1000.0],
+        [1000.0, 500.0],
+        [1000.0, 757.0, 522.0],
+        [1000.0, 937.5, 2500.0 / 3.0, 625.0],
+        [1000.0, 960.0, 8000.0 / 9.0, 8000.0 / 11.0],
+        [1000.0, 750.0, 500.0, 250.0],
+    ],
+)
+def test_published_steps_fit_a_scheduler_of_diffusers_own(steps: list[float]):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    config = stock(steps)
+    assert config is not None
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    scheduler.set_timesteps(len(steps))
+    assert scheduler.timesteps.tolist() == pytest.approx(steps, abs=1e-3)
+    assert scheduler.sigmas.tolist() == pytest.approx([*(s / 1000.0 for s in steps), 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("latte", [999.0, 749.0, 249.0]), ("wan", [900.0, 700.0, 650.0, 20.0])])
+def test_other_steps_come_with_a_scheduler_of_their_own(
+    name: str, steps: list[float], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+):
+    student = load(str(tiny_checkpoint(name)), **({"max_text_length": 16} if name == "wan" else {}))
+    if isinstance(student.schedule, FlowSchedule):
+        assert stock(steps) is None
+    out = export_pipeline(student, str(tmp_path / "student"), steps)
+
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(str(out), trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    size = dict(height=64, width=64) if name == "latte" else dict(height=32, width=32)
+    frames = dict(video_length=4) if name == "latte" else dict(num_frames=9, max_sequence_length=16)
+    shape = student.latent_shape(4 if name == "latte" else 9, *size.values())
+    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(1))
+    text = student.encode_text(["a dog"])
+    torch.manual_seed(7)
+    more = dict(latents=noise, guidance_scale=1.0, output_type="latent", **size, **frames)
+    if name == "latte":
+        more |= dict(mask_feature=False, clean_caption=False, prompt_embeds=text.text, negative_prompt="")
+        # Its network has no working mask for padding; the pipeline crops instead, and so does the comparison.
+        text = type(text)(text.text)
+        made = pipeline(prompt=None, **more).frames
+    else:
+        made = pipeline("a dog", **more).frames
+    torch.manual_seed(7)
+    torch.testing.assert_close(made, student.sample(noise, text, steps=steps), atol=1e-4, rtol=1e-4)
+    # Whoever trains on finds the noise schedule that the teacher had.
+    again = load(str(out), **({"max_text_length": 16} if name == "wan" else {}))
+    t = torch.tensor([20.0, 500.0, 999.0])
+    for mine, theirs in zip(again.schedule.coefficients(t), student.schedule.coefficients(t), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=0, rtol=0)
+    assert again.schedule.prediction == student.schedule.prediction
