@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from muybridge.backbones import load
 from muybridge.backbones.base import Backbone
 from muybridge.data.trajectories import Trajectories
 
-from .conftest import Command
+from .conftest import ROOT, Command
 
 Tiny = Callable[[str], Path]
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -108,3 +110,16 @@ def test_a_causal_config_on_another_family_is_refused_before_weights_load(
     assert result.code == 2
     assert "a family with per-frame times" in result.message
     assert not loads
+
+
+@pytest.mark.parametrize("page", ["causal.md", "motion-score.md"])
+def test_the_commands_of_the_pages_parse(page: str, command: Command, tiny_checkpoint: Tiny) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    lines = re.findall(r"^muybridge (.+)$", text, re.MULTILINE)
+    assert len(lines) >= 2
+    wan = str(tiny_checkpoint("wan"))
+    for line in lines:
+        line = line.replace("RUN/config.yaml", "motion_score/wan-1.3b.yaml").replace("CHECKPOINT", wan)
+        result = command(*shlex.split(line), "--print_config")
+        assert result.code == 0, result.err
+        assert "class_path" in result.out
