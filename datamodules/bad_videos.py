@@ -48,6 +48,7 @@ class BadVideoWatch(pl.Callback):
         self.left_out = dict(left_out or {})
         self.accounts = {"train": Account(), "validation": Account()}
         self.batches = 0
+        self._run = Account()
         self._file = Path(FILE)
         self._part = Path(FILE)
         self._written: dict[str, str] = {}
@@ -60,6 +61,7 @@ class BadVideoWatch(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find the run's folder, and what an interrupted run noted in it."""
+        self._run = Account()
         self._file = Path(trainer.log_dir or trainer.default_root_dir) / FILE
         # One writer a file. The first rank adds to the list itself, the others' parts join it at the end of an epoch.
         rank = trainer.global_rank
@@ -114,6 +116,11 @@ class BadVideoWatch(pl.Callback):
         self._end_epoch(trainer, "train", least=1 if whole else ENOUGH)
         self.batches = 0
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Judge a run by all it saw: it may have ended inside its first epoch, before there was enough to judge that by."""
+        if self._run.too_many(self.max_bad_fraction):
+            raise refuse(self._run, self.max_bad_fraction, str(self._file))
+
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
@@ -161,6 +168,8 @@ class BadVideoWatch(pl.Callback):
     def _end_epoch(self, trainer: pl.Trainer, stage: str, least: int = ENOUGH) -> None:
         total = self._gather(self.accounts[stage])
         self.accounts[stage] = Account()
+        if stage == "train":
+            self._run = self._run + total
         self._write(trainer, total, stage)
         where = f"epoch {trainer.current_epoch}" if stage == "train" else stage
         if total.skipped:

@@ -286,7 +286,12 @@ class DiffusionModule(pl.LightningModule, ABC):
         if batch.present is not None:
             count = batch.present.sum().to(self.device, torch.float32)
         share = self.trainer.strategy.reduce(count, reduce_op="mean")
-        return share if float(share) > 0 else torch.ones_like(count)
+        if float(share) > 0:
+            return share
+        pl.utilities.rank_zero_warn(
+            f"update {self.updates}: no clip of the batch is there ({', '.join(batch.ids[:3])}), and nothing is learnt from it"
+        )
+        return torch.ones_like(count)
 
     def averaged(self) -> AbstractContextManager[Any]:
         """Inside it the averaged weights are in place, where the run keeps an average."""

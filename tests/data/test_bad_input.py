@@ -247,6 +247,24 @@ def test_too_many_are_noticed_within_a_long_epoch(
     assert "of 200 clips skipped" in str(told["error"])
 
 
+def test_a_run_that_ends_inside_its_first_epoch_is_judged_by_what_it_saw(
+    good: Path, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    folder = tmp_path / "clips"
+    shutil.copytree(good, folder)
+    for video in folder.glob("*.mp4"):
+        video.write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"update 0: no clip of the batch is there \(.*\), and nothing is learnt"):
+        told = _fit(tiny_checkpoint("wan"), folder, tmp_path, {"max_bad_fraction": 0.5}, {"max_steps": 1})
+    assert told["updates"] == 1
+    assert "2 of 2 clips skipped (100.0%): 2 empty" in str(told["error"])
+    assert "at most 50.0% (max_bad_fraction)" in str(told["error"])
+    assert len(read(tmp_path / "bad_videos.jsonl")) == 2
+    # As many as are allowed.
+    told = _fit(tiny_checkpoint("wan"), folder, tmp_path, {"max_bad_fraction": 1.0}, {"max_steps": 1})
+    assert told["error"] is None
+
+
 def test_validation_clips_are_watched_too(
     good: Path, bad: Callable[[str], Path], tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
 ) -> None:
