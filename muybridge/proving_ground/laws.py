@@ -12,6 +12,7 @@ one that does something else, or does not do it. Residuals are
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -163,20 +164,35 @@ def _free_fall(m: _Motion) -> Fit:
 def _bounce(m: _Motion) -> Fit:
     """Constant gravity between contacts with one floor, at every contact the speed times a constant, reversed."""
     x, _ = m.left(m.x, m.one, m.t)
-    best, found = math.inf, (0.0, 1.0)
     height = float(np.ptp(m.y))
-    scale = m.t[-1] / 16.0
-    for rise in np.arange(3.4, 7.01, 0.15) * scale:
-        for keep in (1.0, 0.92, 0.84, 0.76, 0.68):
-            for phase in np.linspace(0.0, 1.0, 9 if keep < 1.0 else 21)[: 1 if keep < 1.0 else 20]:
-                shape = _hops(m.t + 2.0 * rise * phase, rise, keep)
-                y, (_, size) = m.left(m.y, m.one, shape)
-                if size > 0.0 and y < best:
-                    best, found = y, (2.0 * size / rise**2, keep)
+    shapes, rises, keeps = _all_hops(len(m.t))
+    # A straight line through each shape, all at once: what it leaves, and how steep it is.
+    about, y = shapes - shapes.mean(1, keepdims=True), m.y - m.y.mean()
+    spread = np.mean(about**2, 1)
+    sizes = about @ y / len(y) / spread
+    left = np.where(sizes > 0.0, np.sqrt(np.maximum(np.mean(y**2) - sizes**2 * spread, 0.0)), math.inf)
+    which = int(left.argmin())
+    best, found = float(left[which]), (0.0, 1.0)
+    if math.isfinite(best):
+        found = (float(2.0 * sizes[which] / rises[which] ** 2), float(keeps[which]))
     flips = np.diff(m.y)
     contact = float(np.max(np.minimum(flips[:-1], -flips[1:]), initial=0.0))
     amount = min(contact / (0.8 * m.pixel), height / 0.1)
     return Fit(_together(m.path(x, best), m.size(), m.turns()), amount, {"g": found[0], "restitution": found[1]})
+
+
+@functools.lru_cache(maxsize=64)
+def _all_hops(frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every bounce that is tried on clips of so many frames, (N, frames), with its time of rise and the speed it keeps."""
+    t, found, known = np.arange(frames, dtype=np.float64), [], []
+    for rise in np.arange(3.4, 7.01, 0.15) * (t[-1] / 16.0):
+        for keep in (1.0, 0.92, 0.84, 0.76, 0.68):
+            # What keeps its speed may begin anywhere between two tops.
+            for phase in np.arange(20) / 20.0 if keep == 1.0 else (0.0,):
+                found.append(_hops(t + 2.0 * rise * phase, rise, keep))
+                known.append((rise, keep))
+    rises, keeps = np.array(known).T
+    return np.stack(found), rises, keeps
 
 
 def _hops(t: np.ndarray, rise: float, keep: float) -> np.ndarray:
