@@ -103,7 +103,8 @@ class Distillation(DiffusionModule):
             ``s = w + 1``.
         negative_prompt: The other branch of the guidance.
         batch_guidance: Run both branches as one batch, rather than one after the other, which needs less memory.
-        score_times: At which times the scores of a student's clip are compared.
+        score_times: At which times the scores of a student's clip are compared; where not given, uniform ones under the family's
+            shift, clamped to [20, 980].
         critic_times: At which times the critic learns; as ``score_times`` where not given.
         update_ratio: Updates of the critic for one of the student.
         reuse_sample: Let the critic learn from the student's clip of the same iteration, rather than from a fresh one.
@@ -133,7 +134,7 @@ class Distillation(DiffusionModule):
         guidance: float = 5.0,
         negative_prompt: str = "",
         batch_guidance: bool = True,
-        score_times: TimestepSampler = Shifted(clamp=[20.0, 980.0]),  # noqa: B008 - immutable, and printed by --print_config
+        score_times: Optional[TimestepSampler] = None,
         critic_times: Optional[TimestepSampler] = None,
         update_ratio: int = 5,
         reuse_sample: bool = False,
@@ -190,8 +191,8 @@ class Distillation(DiffusionModule):
         self.student_lora, self.critic_lora = student_lora, critic_lora
         self.rollout = rollout
         self.guidance, self.negative_prompt, self.batch_guidance = guidance, negative_prompt, batch_guidance
-        self.score_times = score_times
-        self.critic_times = critic_times if critic_times is not None else score_times
+        self.score_times = score_times if score_times is not None else Shifted(clamp=[20.0, 980.0])
+        self.critic_times = critic_times if critic_times is not None else self.score_times
         self.update_ratio, self.reuse_sample = update_ratio, reuse_sample
         self.optimizers_of = {"student": student_optimizer, "critic": critic_optimizer}
         self.learning_rate_of = {"student": student_learning_rate, "critic": critic_learning_rate}

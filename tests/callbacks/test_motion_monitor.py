@@ -1,0 +1,111 @@
+"""A student that stops moving is noticed, and a run can end there."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.distilling import distillation, prompts
+from support.jobs import finetuning, trainer
+from torch import Tensor
+
+from callbacks.motion_monitor import MotionMonitor
+from lightning_modules import Clips
+from muybridge.batch import Batch
+from muybridge.errors import UsageError
+
+Tiny = Callable[[str], Path]
+SIZE, FRAMES = 48, 5
+
+
+def moving(speed: float) -> Tensor:
+    """A textured square that moves so many pixels a frame, as a batch of one clip."""
+    generator = torch.Generator().manual_seed(0)
+    texture = torch.nn.functional.interpolate(
+        torch.rand(1, 1, 6, 6, generator=generator), size=(16, 16), mode="bilinear", align_corners=False
+    )[0, 0]
+    clip = torch.full((1, 3, FRAMES, SIZE, SIZE), -1.0)
+    for frame in range(FRAMES):
+        x = 6 + round(speed * frame)
+        clip[0, :, frame, 16:32, x : x + 16] = 2.0 * texture - 1.0
+    return clip
+
+
+@pytest.fixture
+def run(tiny_checkpoint: Tiny, tmp_path: Path) -> Callable[..., tuple[Any, MotionMonitor, list[dict[str, str]]]]:
+    """A distillation whose videos move as fast as they are told to; the monitor, the Trainer and the table."""
+
+    def go(speeds: list[float], iterations: int = 4, **options: Any) -> Any:
+        job = distillation(tiny_checkpoint("wan"), update_ratio=1, clips=Clips(frames=9, height=16, width=16))
+        left = iter(speeds)
+        job.reference_videos = lambda batch, steps, on_step=None: moving(3.0)  # type: ignore[method-assign]
+        job.make_videos = lambda batch, sampling, on_step=None, backbone=None: moving(next(left))  # type: ignore[method-assign]
+        monitor = MotionMonitor(["a square"], **{"every": 1, **options})
+        lightning = trainer(tmp_path, max_steps=iterations, callbacks=[monitor])
+        lightning.fit(job, datamodule=prompts())
+        with open(tmp_path / "motion/motion.csv", encoding="utf-8") as file:
+            return lightning, monitor, list(csv.DictReader(file))
+
+    return go
+
+
+def test_motion_is_measured_against_the_teachers(run: Any, tmp_path: Path):
+    lightning, monitor, rows = run([3.0, 1.5], iterations=2, floor=0.0)
+    assert [row["update"] for row in rows] == ["1", "2"]
+    assert float(rows[0]["amount_ratio"]) == pytest.approx(1.0, abs=1e-6)
+    # A pixel and a half is a pixel and two in turn: the amount halves, and velocities last less.
+    assert float(rows[1]["amount_ratio"]) == pytest.approx(0.5, abs=0.1)
+    assert float(rows[1]["smoothness"]) < float(rows[0]["smoothness"])
+    assert monitor.teacher["amount"] == pytest.approx(3.0 / SIZE, rel=0.1)
+    assert float(lightning.callback_metrics["motion/amount_ratio"]) == pytest.approx(float(rows[1]["amount_ratio"]))
+    assert {p.name for p in (tmp_path / "motion").iterdir()} == {
+        "motion.csv",
+        "teacher",
+        "teacher.png",
+        "update-0000001.png",
+        "update-0000002.png",
+    }
+
+
+def test_a_collapse_is_warned_of_and_ends_the_run_where_asked(run: Any):
+    with pytest.warns(UserWarning, match="0 % as much as the teacher"):
+        lightning, monitor, rows = run([3.0, 0.0, 3.0, 0.0, 0.0, 3.0], iterations=6, stop=True, patience=2)
+    assert lightning.global_step == len(rows) == 5, "two in a row, the first alone does not count"
+    assert monitor.low_in_a_row == 2
+
+
+def test_a_resumed_run_knows_what_the_teacher_did(run: Any):
+    _, monitor, _ = run([3.0], iterations=1)
+    again = MotionMonitor(["a square"])
+    again.load_state_dict(monitor.state_dict())
+    assert again.teacher == monitor.teacher
+    again.on_train_start(None, None)  # type: ignore[arg-type]
+
+
+def test_the_teachers_videos_are_the_teachers(tiny_checkpoint: Tiny, tmp_path: Path):
+    """Its own sampler and guidance, on the student's noises; the student's weights have no part in them."""
+    job = distillation(tiny_checkpoint("wan"))
+    trainer(tmp_path, max_steps=1).fit(job, datamodule=prompts())
+    batch = Batch(ids=["a"], prompts=["a dog"])
+    made = job.reference_videos(batch, 2)
+    with torch.no_grad():
+        for parameter in job.student.parameters():
+            parameter.zero_()
+    assert torch.equal(job.reference_videos(batch, 2), made)
+    noise = job.noise_for(["a"], job.sampling)
+    text = job.teacher.encode_text(["a dog"])
+    wanted = job.teacher.decode(job.teacher.sample(noise, text, steps=2, guidance=job.guidance))
+    torch.testing.assert_close(made, wanted)
+
+
+def test_settings_that_cannot_work_are_refused(tiny_checkpoint: Tiny, tmp_path: Path):
+    for options in (dict(prompts=[]), dict(every=0), dict(floor=1.0), dict(patience=0), dict(share=0.0)):
+        with pytest.raises(UsageError, match="MotionMonitor"):
+            MotionMonitor(**{"prompts": ["a"], **options})  # type: ignore[arg-type]
+    monitor = MotionMonitor(["a"])
+    with pytest.raises(UsageError, match="reference_videos"):
+        monitor.setup(trainer(tmp_path), finetuning(tiny_checkpoint("wan")), "fit")
