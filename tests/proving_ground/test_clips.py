@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from pathlib import Path
 
@@ -181,7 +182,7 @@ def test_two_folders_of_one_seed_hold_the_same(tmp_path: Path):
         write_clips(tmp_path / name, World(size=32), 24, seed=9, truth=True)
         write_clips(tmp_path / f"{name}-other", World(size=32), 6, seed=10)
     files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
-    assert len(files) == 4 + 2 * 24
+    assert len(files) == 6 + 2 * 24
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
 
@@ -199,3 +200,43 @@ def test_the_datamodule_serves_held_out_appearances_for_validation(tmp_path: Pat
     other = ProvingGroundData(str(tmp_path / "w"), clips=24, validation_share=0.3, size=32, world_seed=1)
     with pytest.raises(UsageError, match="seed"):
         other.setup("fit")
+
+
+def test_a_world_may_have_some_of_everything():
+    world = World(
+        size=32, motions=("slide", "swing"), shapes=("disk", "star"), colours=("red", "blue", "pink"), scale=1.3
+    )
+    scenes = [draw_scene(world, 0, index, held_out=bool(index % 3 == 0)) for index in range(40)]
+    assert [s.motion for s in scenes[:4]] == ["slide", "swing", "slide", "swing"]
+    assert {s.appearance.shape for s in scenes} == {"disk", "star"}
+    assert {s.appearance.colour for s in scenes} == {"red", "blue", "pink"}
+    assert all(s.appearance.held_out == (i % 3 == 0) for i, s in enumerate(scenes))
+    plain = draw_scene(World(size=32, motions=("slide", "swing")), 0, 0)
+    large = draw_scene(World(size=32, motions=("slide", "swing"), scale=1.3), 0, 0)
+    assert large.sprites[-1].trajectory.radius == pytest.approx(1.3 * plain.sprites[-1].trajectory.radius)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"motions": ("slid",)}, "slide"),
+        ({"backgrounds": ()}, "backgrounds is empty"),
+        ({"scale": 2.0}, "0.5 to 1.3"),
+        ({"shapes": ("disk",), "colours": ("red",)}, "one in four"),
+    ],
+)
+def test_a_world_that_is_none_is_refused(wrong: dict, said: str):
+    with pytest.raises(UsageError) as caught:
+        World(**wrong)
+    assert said in str(caught.value)
+
+
+def test_a_folder_of_before_there_were_such_options_is_continued(tmp_path: Path):
+    write_clips(tmp_path, World(size=32), 2, seed=1)
+    settings = json.loads((tmp_path / "world.json").read_text())
+    (tmp_path / "world.json").write_text(
+        json.dumps({k: v for k, v in settings.items() if k not in ("motions", "scale")})
+    )
+    assert len(write_clips(tmp_path, World(size=32), 3, seed=1)) == 3
+    with pytest.raises(UsageError, match="scale"):
+        write_clips(tmp_path, World(size=32, scale=1.2), 3, seed=1)
