@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, Optional
+from collections.abc import Callable, Collection, Container, Sequence
+from typing import Any, Literal, Optional
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
@@ -106,7 +106,11 @@ class ResumableData(pl.LightningDataModule):
     # -- the rest --------------------------------------------------------------------------------------------------
 
     def evaluation_loader(
-        self, dataset: Dataset[Any], groups: Optional[Sequence[Sequence[int]]] = None, num_workers: int = 0
+        self,
+        dataset: Dataset[Any],
+        groups: Optional[Sequence[Sequence[int]]] = None,
+        num_workers: int = 0,
+        together: bool = False,
     ) -> DataLoader[Any]:
         """Samples in their order, each once, for validation, test and predict; batches of every rank are equally many.
 
@@ -114,9 +118,11 @@ class ResumableData(pl.LightningDataModule):
             dataset: Batches of one; has a length.
             groups: Samples that may share a batch; all of them where not given.
             num_workers: Processes that read, on every rank.
+            together: Give every rank all of them.
         """
+        ranks = {"num_replicas": 1, "rank": 0} if together else self._ranks()
         whole = [range(len(dataset))]  # type: ignore[arg-type]
-        sampler = EvaluationSampler(groups if groups is not None else whole, self.batch_size, **self._ranks())
+        sampler = EvaluationSampler(groups if groups is not None else whole, self.batch_size, **ranks)
         return DataLoader(
             FilledSet(dataset),
             batch_size=self.batch_size,
@@ -124,6 +130,25 @@ class ResumableData(pl.LightningDataModule):
             num_workers=num_workers,
             collate_fn=self.collate,
         )
+
+    def in_order(
+        self, part: Literal["train", "validation"], without: Container[str] = (), together: bool = False
+    ) -> Collection[Any]:
+        """Batches of the clips, each once and in order, for what is done to every clip.
+
+        Args:
+            part: Which clips.
+            without: Ids that may be left out.
+            together: Give every rank all of them, rather than each its share.
+        """
+        if part == "train":
+            return self.evaluation_loader(self.train_dataset(), None, self.num_workers, together)  # type: ignore[return-value]
+        loader: Any = self.val_dataloader()
+        if not loader:
+            return []
+        # Its own sampler may deal every rank all clips, and leave it to Lightning to change that.
+        data = loader.dataset.data if isinstance(loader.dataset, FilledSet) else loader.dataset
+        return self.evaluation_loader(data, None, loader.num_workers, together)  # type: ignore[return-value]
 
     # -- the place -------------------------------------------------------------------------------------------------
 

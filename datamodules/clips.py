@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Optional
+from collections.abc import Collection, Container, Sequence
+from typing import Any, Literal, Optional
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -82,7 +82,7 @@ class CachedClips(ClipDataset):
                 f"the cache {cache.path} has no motion weights for {len(missing)} of {len(self)} clips, "
                 f"such as {', '.join(missing[:3])}",
                 "motion weights for every clip",
-                "add them, or set motion_weights to false",
+                "run `muybridge cache` again with --motion DIS, or set motion_weights to false",
             )
 
     def _clip(self, key: int | Place) -> Clip:
@@ -231,6 +231,22 @@ class ClipData(ResumableData):
             if bucket is not None:
                 members[bucket].append(sample)
         return self.evaluation_loader(data, members, self.num_workers)
+
+    def in_order(
+        self, part: Literal["train", "validation"], without: Container[str] = (), together: bool = False
+    ) -> Collection[Any]:
+        if part not in self._sets:
+            return []
+        data = self._sets[part]
+        members: list[list[int]] = [[] for _ in self.buckets]
+        first = {place: sample for sample, place in reversed(list(enumerate(data.places)))}
+        for place, sample in sorted(first.items(), key=lambda pair: pair[1]):
+            bucket = data.bucket_of[place]
+            if bucket is not None and data.clips[place].id not in without:
+                members[bucket].append(sample)
+        if not any(members):
+            return []
+        return self.evaluation_loader(data, members, self.num_workers, together)  # type: ignore[return-value]
 
     def val_dataloader(self) -> Any:
         """The validation clips in their order; nothing where there are none."""

@@ -106,6 +106,7 @@ class VideoData(ClipData):
         sampling_weights: Draw clips with replacement, each as often as a .csv or .parquet file with columns ``id`` and ``weight``
             says; the selection's own column ``weight`` where not given, and every clip once where there is none.
         repeats: How often the clips stand in one epoch.
+        motion_weights: Read motion weights from the cache too.
         batch_size: Clips of a micro-batch, on every rank.
         num_workers: Processes that decode, on every rank.
         seed: The order of an epoch, and random windows, are a function of this seed and the epoch.
@@ -139,6 +140,7 @@ class VideoData(ClipData):
         selection: Optional[str] = None,
         sampling_weights: Optional[str] = None,
         repeats: int = 1,
+        motion_weights: bool = False,
         batch_size: int = 1,
         num_workers: int = 2,
         seed: int = 0,
@@ -160,6 +162,13 @@ class VideoData(ClipData):
         self.on_error, self.max_bad_fraction = on_error, max_bad_fraction
         self.selection, self.sampling_weights, self.repeats = selection, sampling_weights, repeats
         self.cache_path, self.origin = cache, videos
+        if motion_weights and cache is None:
+            raise UsageError(
+                "motion_weights is true, and there is no cache to read them from",
+                "a cache with motion weights",
+                "muybridge cache --motion DIS, then data.cache",
+            )
+        self.motion_weights = motion_weights
         self._videos: dict[str, VideoDataset] = {}
         self._watcher: Optional[BadVideoWatch] = None
 
@@ -230,7 +239,8 @@ class VideoData(ClipData):
             cache.check_like(self.cache)
             cache.check_preprocessing(videos.preprocessing)
             cache.check_clips([videos.clips[place] for place in dict.fromkeys(videos.places)])
-            found[name] = CachedClips(cache, videos.clips, videos.buckets, videos.bucket_of, videos.places)
+            weights = self.motion_weights
+            found[name] = CachedClips(cache, videos.clips, videos.buckets, videos.bucket_of, videos.places, weights)
         return found
 
     def _watch(self, trainer: Any) -> None:

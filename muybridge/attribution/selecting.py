@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -134,11 +134,11 @@ def overlap(scores: Scores, count: int) -> np.ndarray:
     return np.array([[len(a & b) / count for b in best] for a in best])
 
 
-def similarity(clips: Mapping[str, np.ndarray], queries: Sequence[np.ndarray]) -> dict[str, float]:
+def similarity(clips: Iterable[tuple[str, np.ndarray]], queries: Iterable[np.ndarray]) -> dict[str, float]:
     """Mean over queries of the cosine between what two clips look like (pixels, or latents, from which their mean is taken).
 
     Args:
-        clips: One array for each clip, all of one shape.
+        clips: Name and array of each clip, all of one shape.
         queries: Likewise.
     """
 
@@ -146,8 +146,11 @@ def similarity(clips: Mapping[str, np.ndarray], queries: Sequence[np.ndarray]) -
         centred = x.astype(np.float64).ravel() - x.mean()
         return centred / max(float(np.linalg.norm(centred)), 1e-30)
 
-    asked = np.mean([flat(q) for q in queries], axis=0)
-    return {name: float(flat(clip) @ asked) for name, clip in clips.items()}
+    total, count = 0.0, 0
+    for query in queries:
+        total, count = total + flat(query), count + 1
+    asked = total / max(count, 1)
+    return {name: float(flat(clip) @ asked) for name, clip in clips}
 
 
 def describe(store: Path, scores: Scores, **settings: Any) -> dict[str, Any]:

@@ -220,10 +220,10 @@ class StoreWriter:
         self.path, self.rank, self.dtype = Path(path), rank, dtype
         self.rows, self.seconds = rows, seconds
         content = json.loads(json.dumps({"format": FORMAT, **manifest, "dtype": dtype}))
-        if (self.path / MANIFEST).is_file():
+        if (self.path / MANIFEST).is_file() and any(self.path.glob("part-*.parquet")):
             made = read_manifest(self.path)
             check_same(f"the store {path} was", made, content, "attribute into another folder")
-        elif self.path.is_dir() and any(not p.name.startswith(".") for p in self.path.iterdir()):
+        elif self.path.is_dir() and any(p.name[0] not in "._" for p in self.path.iterdir()):
             raise UsageError(f"{path} exists and is no influence store", "a new or empty folder, or a store")
         else:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -54,10 +54,11 @@ COLUMNS: dict[str, pa.Schema] = {
         ]
     ),
     "text": pa.schema([("text", pa.string()), ("length", pa.int32())]),
-    "weights": pa.schema([]),
+    "weights": pa.schema([("source", pa.string()), ("largest", pa.float64()), ("mean", pa.float64())]),
 }
 """What a cache can hold, and the index columns of each kind. ``position`` is the clip's place in its source; ``source`` the
-:func:`source_key` of what was encoded; ``error`` why there are no latents of it."""
+:func:`source_key` of what was encoded; ``error`` why there are no latents of it; ``largest`` and ``mean`` how far the pixels of a
+clip move, in pixels."""
 
 Section = Literal["encoder", "preprocessing"]
 Key = Mapping[str, Any]
@@ -378,6 +379,11 @@ class Cache:
     def _conditionings(self, names: Sequence[str]) -> Conditioning:
         return restore_texts([self.texts.read(n) for n in names], [self.texts.info(n, "length")[0] for n in names])
 
+    def motion(self, measure: Literal["largest", "mean"] = "mean") -> dict[str, float]:
+        """How far the pixels of each clip move, in pixels, by id."""
+        table = self.weights.table
+        return dict(zip(table["id"].to_pylist(), table[measure].to_pylist(), strict=True))
+
     def verify(self) -> dict[str, str]:
         """Read every byte of every column; what is not as it was written, and why."""
         found = {}
@@ -488,6 +494,19 @@ def todo_clips(cache: str | Path, clips: Sequence[Clip], share: Share = Share())
         elif caption != (clip.caption or ""):
             rename.append(place)
     return encode, rename
+
+
+def todo_weights(cache: str | Path, clips: Sequence[Clip], share: Share = Share()) -> list[int]:
+    """Places of this rank's clips that have latents, and no motion weights or those of their file as it was before."""
+    latents, weights = ShardReader(Path(cache) / "latents"), ShardReader(Path(cache) / "weights")
+    todo = []
+    for place, clip in enumerate(clips):
+        if clip.id not in share or clip.id not in latents:
+            continue
+        source, error = latents.info(clip.id, "source", "error")
+        if error is None and (clip.id not in weights or weights.info(clip.id, "source")[0] != source):
+            todo.append(place)
+    return todo
 
 
 def add_renamed(writer: ShardWriter, column: ShardReader, clip: Clip, position: int) -> None:

@@ -23,11 +23,15 @@ from muybridge.data.cache import (
     open_column,
     todo_clips,
     todo_texts,
+    todo_weights,
     unconditional_name,
 )
 from muybridge.data.clips import Clip
 from muybridge.data.content import latents_key, text_encoder_key
 from muybridge.data.shards import SHARD_BYTES
+from muybridge.errors import UsageError
+from muybridge.motion import MotionEstimator, MotionWeights, magnitude, motion_weights
+from muybridge.video import to_frames
 
 
 class ClipSource(Protocol):
@@ -172,3 +176,53 @@ def encode_clips(
                         on_bad(clip, why)
                 counter.advance()
     return tally
+
+
+def weigh_clips(
+    out: str | Path,
+    backbone: Backbone,
+    source: ClipSource,
+    estimator: MotionEstimator,
+    how: MotionWeights,
+    share: Share,
+    read: Reader,
+    watch: Watch,
+    shard_bytes: int = SHARD_BYTES,
+) -> int:
+    """Estimate the motion of this rank's clips that a cache has latents of and no weights; returns how many.
+
+    Args:
+        out: The cache.
+        backbone: Knows the latent grid.
+        source: All clips, of all ranks.
+        estimator: Of displacement.
+        how: What it becomes.
+        share: This rank's.
+        read: Gives the batches at some places of the source, in order.
+        watch: Makes a counter from a label and a number.
+        shard_bytes: Size of a shard.
+    """
+    key = {**estimator.key(), "weights": how.key()}
+    with open_column(out, "weights", key, source.preprocessing, shard_bytes=shard_bytes) as writer:
+        todo = todo_weights(out, source.clips, share)
+        latents = Cache(out).latents
+        with watch("motion", len(todo)) as counter:
+            for place, batch in zip(todo, read(source, todo), strict=True):
+                clip = source.clips[place]
+                if batch.pixels is None or not (batch.present is None or bool(batch.present.all())):
+                    why = batch.remarks[0] if batch.remarks else "unreadable"
+                    raise UsageError(
+                        f"{clip.id} was encoded and can't be read now: {why}", "the files that the latents were made of"
+                    )
+                found = estimator(to_frames(batch.pixels[0]))
+                grid = backbone.latent_shape(*batch.pixels.shape[2:])[1:]
+                length = magnitude(found)
+                writer.add(
+                    clip.id,
+                    {"weights": motion_weights(found, grid, how)},
+                    source=latents.info(clip.id, "source")[0],
+                    largest=float(length.max()),
+                    mean=float(length.mean()),
+                )
+                counter.advance()
+    return len(todo)

@@ -115,6 +115,10 @@ def test_another_manifest_is_refused_and_the_difference_named(tmp_path: Path) ->
     (tmp_path / "other" / "_manifest.json").write_text(json.dumps({**manifest, "format": 0}))
     with pytest.raises(UsageError, match="format 0"):
         InfluenceStore(tmp_path / "other")
+    # A run that stored nothing binds no other.
+    StoreWriter(tmp_path / "empty", MANIFEST)
+    StoreWriter(tmp_path / "empty", {**MANIFEST, "noise_seed": 1})
+    assert InfluenceStore(tmp_path / "empty").manifest["noise_seed"] == 1
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="is no influence store"):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Optional
 
 from muybridge.errors import UsageError
+from muybridge.motion import MotionEstimator, MotionWeights
 
 TRAINER = {"strategy": "auto", "devices": 1, "num_nodes": 1, "logger": False, "plugins": None}
 """Every rank works by itself: nothing is exchanged, so that one that dies takes no other with it."""
@@ -33,6 +34,8 @@ class Job:
         dtype: What latents are kept in.
         shard_mib: Size of a shard.
         device: Kind of device.
+        motion: Estimates the motion of clips, where their weights are wanted.
+        weights: What it becomes.
     """
 
     backbone: Any
@@ -43,6 +46,8 @@ class Job:
     dtype: str
     shard_mib: float
     device: str
+    motion: Any = None
+    weights: Any = None
 
 
 def cache(
@@ -55,6 +60,8 @@ def cache(
     shard_mib: float = 512.0,
     devices: int = 1,
     verify: bool = False,
+    motion: Optional[MotionEstimator] = None,
+    weights: MotionWeights = MotionWeights(),  # noqa: B008 - immutable, and printed by --print_config
 ) -> None:
     """Encode latents and text embeddings once; later runs then load neither VAE nor text encoder.
 
@@ -71,6 +78,8 @@ def cache(
         shard_mib: Size of a file in MiB.
         devices: Processes on this machine, each with its own device.
         verify: Read the finished cache back whole, and compare with the checksums of what was written.
+        motion: Add motion weights by this estimator, such as DIS, for losses that count what moves.
+        weights: How displacement becomes weights.
     """
     from datamodules.prompts import read_prompts
     from muybridge.data.cache import Share
@@ -105,6 +114,8 @@ def cache(
         dtype=dtype,
         shard_mib=shard_mib,
         device=trainer.strategy.root_device.type,
+        motion=motion,
+        weights=weights,
     )
     if devices == 1:
         encode(job, Share(rank, world), local)
@@ -131,7 +142,7 @@ def encode(job: Job, share: Any, local: int) -> None:
 
     from muybridge.backbones.base import ALL_COMPONENTS
     from muybridge.cli.progress import Progress
-    from muybridge.data.encoding import encode_clips, encode_texts
+    from muybridge.data.encoding import encode_clips, encode_texts, weigh_clips
 
     backbone, first = job.backbone, share.rank == 0
     # A config for training from this cache may already say that the denoiser is all it loads.
@@ -175,6 +186,9 @@ def encode(job: Job, share: Any, local: int) -> None:
                 policy.bad,
                 shard_bytes,
             )
+            if job.motion is not None:
+                reader = functools.partial(read, workers=job.datamodule.num_workers)
+                weigh_clips(out, backbone, source, job.motion, job.weights, share, reader, watch, shard_bytes)
 
 
 class Policy:
@@ -283,6 +297,7 @@ def report(out: str, verify: bool, alone: bool) -> None:
         made = Cache(path)
         held = [f"{len(made.ids)} clips"] if "latents" in made.columns else []
         held += [f"{len(made.texts)} texts"] if "text" in made.columns else []
+        held += [f"{len(made.weights)} motion weights"] if "weights" in made.columns else []
         size = sum(f.stat().st_size for name in made.columns for f in (path / name).glob("*.safetensors"))
         print(
             f"{path}: {', '.join(held)}, {size / 2**20:.1f} MiB"

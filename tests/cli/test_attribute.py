@@ -1,0 +1,113 @@
+"""From clips to a selection that is trained on, by the commands of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from muybridge.attribution.store import InfluenceStore
+from muybridge.data.cache import Cache
+from muybridge.data.selection import read_selection
+from muybridge.toy_clips import write_clips
+
+from .conftest import Command
+
+CONFIG = """
+trainer:
+  accelerator: cpu
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  max_steps: 1
+  callbacks:
+    - class_path: GradientCapture
+      init_args:
+        out: store
+        projection: {{class_path: CountSketchProjection, init_args: {{dim: 128}}}}
+        times: [{{value: 500}}]
+model:
+  class_path: Finetuning
+  init_args:
+    backbone: {{class_path: Pretrained, init_args: {{path: {model}, max_text_length: 16}}}}
+    losses: [{{class_path: Denoising}}]
+data:
+  class_path: VideoData
+  init_args:
+    videos: {videos}
+    validation: {queries}
+    frames: 5
+    height: 16
+    width: 16
+    batch_size: 2
+    num_workers: 0
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> str:
+    write_clips(tmp_path / "clips", 5, frames=5, height=16, width=16)
+    write_clips(tmp_path / "queries", 2, frames=5, height=16, width=16)
+    file = tmp_path / "job.yaml"
+    file.write_text(
+        CONFIG.format(model=tiny_checkpoint("wan"), videos=tmp_path / "clips", queries=tmp_path / "queries")
+    )
+    return str(file)
+
+
+def test_from_clips_to_a_selection(config: str, command: Command, tmp_path: Path) -> None:
+    floor = "--weights.floor=0.05"
+    cached = command("cache", "-c", config, "--out=cache", "--motion=DIS", floor)
+    assert cached.code == 0, cached.err
+    assert "5 motion weights" in cached.out
+    held = Cache(tmp_path / "cache").clips(["clip-000"], weights=True)
+    assert held.weights is not None
+    assert held.latents is not None
+    assert held.weights.shape == (1, 1, *held.latents.shape[2:])
+    assert min(Cache(tmp_path / "cache").motion().values()) > 0
+
+    data = ["--data.cache=cache", "--data.motion_weights=true", "--model.backbone.components=[denoiser]"]
+    first = command("attribute", "-c", config, *data)
+    assert first.code == 0, first.err
+    assert "store: 7 ok" in first.out
+    store = InfluenceStore(tmp_path / "store")
+    assert store.ids("train") == [f"clip-{i:03d}" for i in range(5)]
+    assert store.ids("query") == ["clip-000", "clip-001"]
+    assert store.manifest["weights"]["estimator"] == "DIS"
+    assert store.manifest["loss"] == {"class": "MotionWeightedDenoising", "weights": "motion", "per_frame": True}
+
+    videos = ["--videos=clips", "--query_videos=queries"]
+    chosen = command("select", "--store=store", "--top=40%", *videos)
+    assert chosen.code == 0, chosen.err
+    selection = read_selection(tmp_path / "selection.parquet")
+    assert len(selection.ids) == 2
+    assert selection.meta["store"] == "store"
+    # The queries are clips 0 and 1 themselves, and nothing helps a clip more than itself.
+    assert set(selection.ids) == {"clip-000", "clip-001"}
+    page = (tmp_path / "report.html").read_text()
+    assert 'src="clips/clip-000.mp4"' in page
+    assert 'src="queries/clip-000.mp4"' in page
+    controls = [("motion", []), ("similarity", ["--query_cache=cache/validation"])]
+    for by, more in controls:
+        done = command("select", "--store=store", "--top=2", f"--by={by}", "--cache=cache", "--out=c.parquet", *more)
+        assert done.code == 0, done.err
+        assert len(pq.read_table(tmp_path / "c.parquet")) == 2
+    kernel = command("select", "--store=store", "--top=1", "--query=clip-001", "--score=kernel", "--out=k.parquet")
+    assert kernel.code == 0, kernel.err
+    assert read_selection(tmp_path / "k.parquet").ids == ["clip-001"]
+    trained = command(
+        "fit", "-c", config, "--data.selection=selection.parquet", "--data.repeats=3", "--trainer.callbacks=[]"
+    )
+    assert trained.code == 0, trained.err
+
+
+def test_what_can_be_wrong_is_said(config: str, command: Command, tmp_path: Path) -> None:
+    assert "is no influence store" in command("select", "--store=nowhere").message
+    assert (
+        "motion_weights is true, and there is no cache"
+        in command("attribute", "-c", config, "--data.motion_weights=true").message
+    )
+    assert "ends in .parquet" in command("select", "--store=nowhere", "--out=x.txt").message
