@@ -1,8 +1,9 @@
 """What watches a run."""
 
 from callbacks.ema import EMA
+from callbacks.gradient_capture import GradientCapture
 from callbacks.motion_monitor import MotionMonitor
 from callbacks.preemption import Preemption
 from callbacks.samples import Samples
 
-__all__ = ["EMA", "MotionMonitor", "Preemption", "Samples"]
+__all__ = ["EMA", "GradientCapture", "MotionMonitor", "Preemption", "Samples"]
