@@ -486,6 +486,8 @@ class Distillation(DiffusionModule):
                 else:
                     z = self._gathered(denoise, start, t, draw)
                 exit_step = -1
+            # Casts that autocast kept of a forward without gradients are not to be found by the one with them.
+            torch.clear_autocast_cache()
             t = schedule.snap(t)
             return schedule.to_x0(denoise(z, t), z, t), exit_step
 

@@ -98,6 +98,23 @@ def test_the_other_stages_run_as_layers_over_the_first(
     assert load("student", max_text_length=16).family == "Wan"
 
 
+def test_prompts_alone_and_their_cached_embeddings_are_enough(
+    command: Command, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The text encoder, asked for the negative prompt and for what the monitor samples too, is not loaded."""
+    options = [*options, "--trainer.max_steps=2", "--model.negative_prompt=static"]
+    assert command("cache", *options, "--out=cache").code == 0
+    encoded: list[object] = []
+    monkeypatch.setattr(Backbone, "encode_text", lambda self, prompts: encoded.extend(prompts))
+    cached = [*options, "--data.cache=cache", "--model.teacher.components=[denoiser, vae]"]
+    assert command("fit", *cached).code == 0
+    assert not encoded
+    assert (tmp_path / "run/motion/motion.csv").exists() is False, "the student was updated once, and is sampled at two"
+    lost = command("fit", *cached, "--model.negative_prompt=blurry")
+    assert lost.code == 2
+    assert "negative prompt 'blurry'" in lost.message
+
+
 def test_a_killed_run_goes_on_bit_for_bit(command: Command, options: list[str], tmp_path: Path):
     Path("often.yaml").write_text(
         "trainer:\n  callbacks:\n    - class_path: EMA\n      init_args: {decay: 0.9, start: 2}\n"

@@ -384,6 +384,22 @@ def test_gradients_are_clipped_by_role(tiny_checkpoint: Tiny, tmp_path: Path):
     assert seen["critic"] == pytest.approx(watch.logged[0]["critic/grad_norm"], rel=1e-5)
 
 
+def test_mixed_precision_keeps_weights_and_losses_in_float32(tiny_checkpoint: Tiny, tmp_path: Path):
+    seen: list[torch.dtype] = []
+
+    class Look(DistributionMatching):
+        def forward(self, step: Any) -> Tensor:
+            seen.extend((step.sample.dtype, step.real_x0.dtype, step.fake_x0.dtype))
+            return super().forward(step)
+
+    job = distillation(tiny_checkpoint("wan"), losses=[Look()], steps=STEPS[:2], update_ratio=1)
+    # Left at the second step, after a forward without gradients under the same autocast.
+    job.exit_step = lambda turn: 1  # type: ignore[method-assign]
+    assert fit(job, tmp_path, 2, precision="bf16-mixed").changed == ["sc", "sc"]
+    assert set(seen) == {torch.float32}
+    assert {p.dtype for p in job.parameters()} == {torch.float32}
+
+
 # -- what is logged and kept -------------------------------------------------------------------------------------------
 
 
