@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 .PHONY: demo test lint docs-results clean help
 
 help:
-	@echo "make demo   a first run: fit a tiny model on generated clips and sample it"
+	@echo "make demo   from nothing to a report: a small world, its model, distillations of it, and a judge"
 	@echo "make test   the whole test suite, under ten minutes on two cores"
 	@echo "make lint   ruff and mypy"
 	@echo "make clean  remove .venv and runs/"

@@ -80,6 +80,27 @@ CLASSES = (BACKBONES, LOSSES, MODULES, DATAMODULES, CALLBACKS, ESTIMATORS, PROJE
 """All of what ``class_path`` names in short."""
 
 
+class Model(NamedTuple):
+    """A trained pipeline that ships.
+
+    Args:
+        folder: Inside the package ``muybridge``.
+        help: One line on what it is.
+    """
+
+    folder: str
+    help: str
+
+
+MODELS: dict[str, Model] = {
+    "proving-ground": Model(
+        "proving_ground/teacher",
+        "a tiny Wan pipeline that was trained on the proving ground's clips: 32 pixels, 9 frames",
+    ),
+}
+"""Names that a backbone's path may be, where no directory is called so."""
+
+
 class Verb(NamedTuple):
     """What the command can do.
 
@@ -109,10 +130,14 @@ VERBS: dict[str, Verb] = {
     "invert": Verb("write the noise that a model would make each clip of", "tool"),
     "probe": Verb("find the time above which a model settles motion and below which it settles appearance", "tool"),
     "customize": Verb("teach a model the motion of one clip, and show it on new subjects", "tool"),
-    "demo": Verb("a first run from nothing: fit, predict and export a tiny model on toy clips", "tool"),
+    "demo": Verb("from nothing to a report: sample, distil and judge the proving ground's model, in minutes", "tool"),
+    "bench-motion": Verb("the demo's comparisons at full strength, with several seeds, as a table", "tool"),
+    "judge": Verb("read clips of the proving ground and score them against their captions", "tool"),
     "tiny": Verb("write a tiny checkpoint with random weights, or toy clips, to try things on", "tool"),
     "proving-ground": Verb("write clips of ten motions whose law, flow and tracks are known", "tool"),
     "proving-ground-reader": Verb("train the reader that says which motion, shape and colour a clip shows", "tool"),
-    "list": Verb("list what ships: verbs, backbones, losses, modules, datamodules, callbacks, tiny, configs", "tool"),
+    "list": Verb(
+        "list what ships: verbs, backbones, losses, modules, datamodules, callbacks, models, tiny, configs", "tool"
+    ),
 }
 """Name of every verb; those of Lightning are methods of its Trainer, the others live in ``muybridge/cli/verbs``."""

@@ -38,6 +38,8 @@ HEIGHT = {
     "toy_clips": 3,
     "video": 3,
     "proving_ground": 3,
+    "report": 3,
+    "muon": 3,
     "cli": 5,
     "__main__": 6,
 }

@@ -54,7 +54,7 @@ class Pretrained(Backbone):
     """Picks the family from the checkpoint: what ``class_path`` of a config usually says.
 
     Args:
-        path: Directory of a diffusers pipeline (with ``model_index.json``), or a hub id.
+        path: Directory of a diffusers pipeline (with ``model_index.json``), a hub id, or a model that ships (``proving-ground``).
         dtype: Dtype of the network's weights. Train all weights in float32 with Trainer precision ``bf16-mixed``;
             bfloat16 suits a frozen base under adapters.
         components: What this job may load: ``denoiser``, ``vae``, ``text_encoder``. Training on cached latents and text
@@ -118,7 +118,7 @@ def load(
     """Open a diffusers checkpoint of any known family and load its network.
 
     Args:
-        path: Directory of a diffusers pipeline, or a hub id.
+        path: Directory of a diffusers pipeline, a hub id, or a model that ships (``proving-ground``).
         dtype: Dtype of the network's weights.
         components: What may be loaded: ``denoiser`` now, ``vae`` and ``text_encoder`` at first use.
         options: Further arguments of :class:`Backbone`.

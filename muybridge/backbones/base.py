@@ -34,7 +34,7 @@ class Backbone(nn.Module, ABC):
     id, weights are downloaded at the same moments, each component's own.
 
     Args:
-        path: Directory of a diffusers pipeline (with ``model_index.json``), or a hub id.
+        path: Directory of a diffusers pipeline (with ``model_index.json``), a hub id, or a model that ships (``proving-ground``).
         dtype: Dtype of the network's weights. Train all weights in float32 with Trainer precision ``bf16-mixed``;
             bfloat16 suits a frozen base under adapters.
         components: What this job may load: ``denoiser``, ``vae``, ``text_encoder``. Training on cached latents and text

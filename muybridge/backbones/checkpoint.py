@@ -8,7 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional
 
+from muybridge.backbones.shipped import shipped_model
 from muybridge.errors import UsageError
+from muybridge.registry import MODELS
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _TEXT_FILES = ("*.json", "*.txt", "*.model")
@@ -16,7 +18,7 @@ _TEXT_FILES = ("*.json", "*.txt", "*.model")
 
 
 def local_directory(path: str) -> Optional[Path]:
-    """The directory of a checkpoint on this machine, or ``None`` where ``path`` can only be a hub id."""
+    """The directory of a checkpoint on this machine, or of a model that ships; ``None`` where ``path`` can only be a hub id."""
     local = Path(path).expanduser()
     if (local / "model_index.json").is_file():
         return local
@@ -34,10 +36,13 @@ def local_directory(path: str) -> Optional[Path]:
             "a directory with model_index.json, as DiffusionPipeline.save_pretrained writes it",
             hint,
         )
+    if path in MODELS:
+        return shipped_model(path)
     if not _HUB_ID.fullmatch(path) or path.count("/") != 1:
         raise UsageError(
             f"checkpoint path {path!r} does not exist",
-            "a directory with model_index.json, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+            "a directory with model_index.json, a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers, or a model that ships"
+            f" ({', '.join(MODELS)})",
             f"relative paths are looked up from {Path.cwd()}",
         )
     return None
@@ -67,7 +72,7 @@ class Checkpoint:
     files, see ``muybridge.data.content``.)
 
     Args:
-        path: A directory with ``model_index.json``, or a hub id.
+        path: A directory with ``model_index.json``, the name of a model that ships, or a hub id.
     """
 
     def __init__(self, path: str) -> None:

@@ -1,6 +1,7 @@
 """A folder of clips: H.264 files, tables that list them, and beside each clip what is true of it.
 
 - ``clips.parquet``: all clips; ``train.parquet`` and ``validation.parquet`` are its two parts
+- ``train_prompts.jsonl`` and ``validation_prompts.jsonl``: the captions of the two parts with the clips' ids
 - ``world.json``: the settings; a folder is continued only with the same
 - ``clips/000000.mp4``
 - ``truth/000000.npz``: flow, visible, mask, tracks, track_visible, where asked for
@@ -164,6 +165,9 @@ def _write_tables(root: Path, rows: list[dict[str, Any]]) -> None:
         temporary = file.with_name(f".{file.name}.{os.getpid()}")
         pq.write_table(pa.Table.from_pylist(part, schema=schema), temporary)
         os.replace(temporary, file)
+        if name in PARTS:
+            lines = [json.dumps({"id": r["id"], "prompt": r["caption"]}) + "\n" for r in part]
+            _write_text(root / f"{name}_prompts.jsonl", "".join(lines))
 
 
 def held(root: str | Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -198,15 +199,6 @@ def test_the_saved_config_holds_no_option_of_the_verb(command: Command, tiny_opt
     assert set(yaml.safe_load(config.read_text())) == {"seed_everything", "trainer", "model", "data"}
 
 
-def test_the_demo_runs_from_nothing(command: Command, tmp_path: Path):
-    result = command("demo", "--out=demo", "--updates=2")
-    assert result.code == 0
-    assert len(list((tmp_path / "demo").rglob("predictions/*.mp4"))) == 8
-    (exported,) = (tmp_path / "demo").glob("exported-*")
-    assert load(str(exported)).family == "Wan"
-    assert [p.name for p in tmp_path.iterdir()] == ["demo"], "nothing outside of its folder"
-
-
 def start(options: list[str], cwd: Path) -> subprocess.Popen[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "muybridge", "fit", *options]
@@ -219,26 +211,41 @@ def start(options: list[str], cwd: Path) -> subprocess.Popen[str]:
         text=True,
         # A shell that runs the tests in the background has them ignore Ctrl-C, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        # Of its own group, as a shell starts it, so that Ctrl-C reaches its workers and not the tests.
+        process_group=0,
     )
 
 
-def test_ctrl_c_ends_in_one_line(tiny_options: Options, tmp_path: Path):
-    """In the middle of training."""
-    process = start([*tiny_options("wan"), "--trainer.max_steps=1000000"], tmp_path)
+def test_ctrl_c_saves_says_how_to_go_on_and_a_run_says_where_its_files_are(
+    command: Command, tiny_options: Options, tmp_path: Path
+):
+    """In the middle of training, with a data worker that hears it too, as in a terminal."""
+    options = [*tiny_options("wan"), "--data.num_workers=1", "--trainer.val_check_interval=1"]
+    process = start([*options, "--trainer.max_steps=1000000"], tmp_path)
     try:
         deadline = time.monotonic() + 120
         while not list((tmp_path / "run").rglob("last.ckpt")):
             assert process.poll() is None, process.stderr.read() if process.stderr else ""
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 130, err
     assert "Traceback" not in err + out
-    after = (err + out)[(err + out).index("Detected KeyboardInterrupt") :]
-    assert len(after.strip().splitlines()) == 1, after
+    folder = tmp_path / "run/lightning_logs/version_0"
+    assert f"run folder: {folder}" in err
+    [path] = (folder / "checkpoints").glob("interrupted-*.ckpt")
+    assert f"stopped by Ctrl-C: saved {path}" in err
+    how = err[err.index("to go on: ") :].splitlines()[0].removeprefix("to go on: ")
+    assert how.startswith("muybridge fit ")
+    assert how.endswith(f" --ckpt_path {path}")
+    steps = int(path.stem.removeprefix("interrupted-"))
+    again = command(*shlex.split(how)[1:], f"--trainer.max_steps={steps + 1}")
+    assert again.code == 0, again.err
+    last = tmp_path / "run/lightning_logs/version_1/checkpoints/last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == steps + 1
 
 
 def test_a_sharded_checkpoint_becomes_a_file_and_an_export(command: Command, tiny_options: Options, tmp_path: Path):

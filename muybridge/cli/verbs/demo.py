@@ -1,65 +1,48 @@
-"""A first run from nothing, in a minute or two on a laptop."""
+"""From nothing to a page to look at, in minutes on a laptop."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 from muybridge.errors import UsageError
 
+SHOWN = ("real", "teacher-50", "teacher-4", "dmd", "msm-shared-1")
+VALIDATION = 0.2
 
-def demo(out: str = "runs/demo", updates: int = 40) -> None:
-    """Fit a tiny Wan pipeline on toy clips, sample it, export it; a tour of the command with nothing downloaded.
 
-    The model has random weights and a random VAE, so its videos are no sight: what this shows is that everything runs.
+def demo(*, out: str = "runs/demo", updates: int = 120, clips: int = 240, model: str = "proving-ground") -> None:
+    """Sample the model that ships, distil it to four steps with and without motion score matching, judge all of it, show it.
+
+    Each part is a verb with its options, which are printed, and can be run alone. What is done is not done again.
 
     Args:
-        out: Where everything goes; a folder that this command made before is continued.
-        updates: Updates of training.
+        out: Where everything goes; a folder that this command began is continued.
+        updates: Iterations of each distillation.
+        clips: How many clips are drawn; a fifth of them give the captions that are sampled and judged.
+        model: The pipeline that is sampled and distilled: one that ships, or a directory.
     """
-    from muybridge.cli.jobs import run_job
-    from muybridge.tiny import write
-    from muybridge.toy_clips import write_clips
-    from muybridge.video import contact_sheet, frame_count, read_frames, write_image
+    from muybridge.backbones.checkpoint import local_directory
+    from muybridge.cli.comparison import read_compared, sections
+    from muybridge.cli.front import run
+    from muybridge.cli.methods import Setting, pick
+    from muybridge.cli.parts import agree, run_parts
+    from muybridge.proving_ground.small import SMALL
+    from muybridge.report import Report, write_report
 
-    if updates < 1:
-        raise UsageError(f"{updates} updates", "1 or more")
-    started = time.monotonic()
+    if updates < 1 or clips < 30:
+        raise UsageError(f"{updates} updates, {clips} clips", "1 or more, and 30 or more: six to judge")
+    local_directory(model)
     root = Path(out)
-
-    def say(what: str) -> None:
-        print(f"[{time.monotonic() - started:5.0f} s] {what}", flush=True)
-
-    model, clips = root / "model", root / "clips"
-    if not (model / "model_index.json").is_file():
-        say("a tiny Wan pipeline: text encoder, transformer, VAE, scheduler")
-        write("wan", model)
-    if not list(clips.glob("*.mp4")):
-        say("toy clips with captions")
-        write_clips(clips, 8)
-    options = [
-        "-c",
-        "tiny/wan.yaml",
-        f"--model.backbone.path={model}",
-        f"--data.videos={clips}",
-        f"--data.validation={clips}",
-        f"--trainer.default_root_dir={root / 'run'}",
-        f"--trainer.max_steps={updates}",
-    ]
-    say(f"muybridge fit {' '.join(options)}")
-    if run_job("fit", options):
-        raise RuntimeError("fit failed; its message is above")
-    say("muybridge predict: a video for the caption of every clip")
-    if run_job("predict", [*options, "--ckpt_path=last"]):
-        raise RuntimeError("predict failed; its message is above")
-    files = sorted((root / "run").rglob("predictions/*.mp4"))
-    sheet = write_image(root / "sheet.png", contact_sheet([read_frames(f, range(frame_count(f))) for f in files[:4]]))
-    say("muybridge export: a pipeline directory that diffusers loads")
-    exported = root / f"exported-{int(time.time())}"
-    if run_job("export", [*options, "--ckpt_path=last", f"--out={exported}"]):
-        raise RuntimeError("export failed; its message is above")
-    say("done")
-    print(f"videos:        {files[0].parent}")
-    print(f"contact sheet: {sheet}")
-    print(f"pipeline:      {exported}")
-    print(f"curves:        tensorboard --logdir {root / 'run'}")
+    agree(root, {"updates": updates, "clips": clips, "model": model})
+    setting = Setting(root, model, SMALL, clips, VALIDATION, updates)
+    methods = pick(SHOWN)
+    parts = [setting.draw(), *(part for method in methods for part in setting.parts(method))]
+    done = run_parts(parts, root, run)
+    took = sum(d.seconds for d in done.values())
+    report = Report(
+        "muybridge: a first run",
+        "A small world where the truth about motion is known, a model that was trained on it, and what becomes of its motion "
+        f"when it is distilled to four steps. Made in {took / 60:.0f} minutes; every command is below what it made.",
+        sections(read_compared(setting, methods), methods, done),
+    )
+    print(f"\nreport: {write_report(root / 'report.html', report).resolve()}")

@@ -65,6 +65,16 @@ def tiny() -> list[Row]:
     return [(str(ast.literal_eval(key)),) for key in made.value.keys if key is not None]
 
 
+def models() -> list[Row]:
+    """Name of each model that ships, what it is, and whether this build has it."""
+    found: list[Row] = []
+    for name, model in registry.MODELS.items():
+        folder = home() / "muybridge" / model.folder
+        here = (folder / "model_index.json").is_file()
+        found.append((name, model.help, str(folder) if here else "not in this build"))
+    return found
+
+
 def configs() -> list[Row]:
     """Name of each shipped config and the first sentence of its opening comment."""
     rows: list[Row] = []
@@ -96,6 +106,7 @@ KINDS: dict[str, tuple[str, Callable[[], list[Row]]]] = {
         lambda: classes(registry.PROJECTIONS),
     ),
     "callbacks": ("trainer.callbacks: [{class_path: NAME}]", lambda: classes(registry.CALLBACKS)),
+    "models": ("path: NAME of a backbone; --model NAME of a verb", models),
     "tiny": ("muybridge tiny --family NAME --out DIR", tiny),
     "configs": ("muybridge fit -c NAME", configs),
 }

@@ -1,0 +1,124 @@
+"""Means and spreads over seeds, as Markdown and JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shlex
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import muybridge
+from muybridge.cli.comparison import FIGURES, Compared, read_compared
+from muybridge.cli.methods import Method, Setting
+from muybridge.report import number
+
+
+def spread(values: Sequence[float]) -> float:
+    """Standard deviation over seeds, with n - 1; nan for one."""
+    return statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def shown(values: Sequence[float]) -> str:
+    """``0.912 ± 0.013``; the mean alone of one seed, and a dash of none."""
+    if not values:
+        return "–"
+    head = number(statistics.fmean(values))
+    return head if len(values) == 1 else f"{head} ± {number(spread(values))}"
+
+
+class Scoreboard:
+    """What is known so far of some methods under some seeds.
+
+    Args:
+        settings: One a seed.
+        methods: A line each.
+    """
+
+    def __init__(self, settings: Sequence[Setting], methods: Sequence[Method]) -> None:
+        self.settings, self.methods = list(settings), list(methods)
+        self._floors: dict[int, float] = {}
+
+    def compared(self) -> list[Compared]:
+        """The tables of every seed that has real clips already."""
+        found = []
+        for setting in self.settings:
+            if setting.scores(self.methods[0]).is_file():
+                compared = read_compared(setting, self.methods, self._floors.get(setting.seed))
+                self._floors[setting.seed] = compared.floor
+                found.append(compared)
+        return found
+
+    def write(self, root: Path) -> tuple[Path, Path]:
+        """``results.md`` and ``results.json``."""
+        compared = self.compared()
+        data = {"about": self.about(), "methods": [self.of(method, compared) for method in self.methods]}
+        files = root / "results.md", root / "results.json"
+        for file, text in zip(files, (self.markdown(data), json.dumps(data, indent=2) + "\n"), strict=True):
+            temporary = file.with_name(f".{file.name}.{os.getpid()}")
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, file)
+        return files
+
+    def about(self) -> dict[str, Any]:
+        """What was run, on what."""
+        import torch
+
+        one = self.settings[0]
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        command = ["muybridge", "bench-motion", f"--model={one.model}", f"--seeds={len(self.settings)}"]
+        return {
+            "command": shlex.join([*command, f"--updates={one.updates}", f"--clips={one.clips}"]),
+            "muybridge": muybridge.__version__,
+            "torch": torch.__version__,
+            "device": gpu or platform.processor() or platform.machine(),
+            "updates": one.updates,
+            "judged": one.judged,
+            "seeds": [setting.seed for setting in self.settings],
+        }
+
+    def of(self, method: Method, compared: Sequence[Compared]) -> dict[str, Any]:
+        """A method's figures under every seed that is done."""
+        seeds = {}
+        for one in compared:
+            if method.name in one.scores:
+                summary = {name: estimate._asdict() for name, estimate in one.scores[method.name].summary.items()}
+                seeds[str(one.setting.seed)] = {**summary, "distance": {"value": one.distance(method)}}
+        names = [name for name in (*FIGURES, "distance") if seeds]
+        values = {name: [seed[name]["value"] for seed in seeds.values()] for name in names}
+        return {
+            "name": method.name,
+            "title": method.title,
+            "config": method.config,
+            "overrides": list(method.overrides),
+            "mean": {name: statistics.fmean(v) for name, v in values.items()},
+            "spread": {name: spread(v) if len(v) > 1 else None for name, v in values.items()},
+            "seeds": seeds,
+        }
+
+    def markdown(self, data: dict[str, Any]) -> str:
+        """The table for people."""
+        about = data["about"]
+        columns = ["method", *FIGURES.values(), "distance", "seeds"]
+        lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+        for entry in data["methods"]:
+            seeds = entry["seeds"].values()
+            cells = [shown([seed[name]["value"] for seed in seeds]) for name in (*FIGURES, "distance")]
+            lines.append(f"| {' | '.join([entry['title'], *cells, str(len(seeds))])} |")
+        return "\n".join(
+            [
+                "# What becomes of motion",
+                "",
+                f"`{about['command']}`, muybridge {about['muybridge']}, torch {about['torch']}, {about['device']}.",
+                "",
+                f"Mean ± standard deviation over seeds; {about['judged']} clips and {about['updates']} updates of each method"
+                " under each seed. docs/proving-ground.md says what the figures are.",
+                "",
+                *lines,
+                "",
+            ]
+        )

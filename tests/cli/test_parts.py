@@ -1,0 +1,83 @@
+"""Verbs after one another: each once, with an estimate, and taken up where they stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from muybridge.cli.parts import Part, agree, read_done, run_parts
+from muybridge.errors import UsageError
+
+
+class World:
+    """Verbs that take twice as long as was thought, and a clock."""
+
+    def __init__(self, fails: str = "") -> None:
+        self.now, self.fails = 0.0, fails
+        self.ran: list[list[str]] = []
+        self.said: list[str] = []
+
+    def run(self, arguments: list[str]) -> int:
+        self.ran.append(arguments)
+        self.now += 2.0 * float(arguments[1])
+        return int(arguments[0] == self.fails)
+
+    def through(self, parts: list[Part], root: Path) -> dict[str, float]:
+        found = run_parts(parts, root, self.run, lambda: self.now, self.said.append)
+        return {name: done.seconds for name, done in found.items()}
+
+
+PARTS = [
+    Part(name, f"part {name}", (name, str(weight)), weight) for name, weight in (("a", 60.0), ("b", 30.0), ("c", 90.0))
+]
+
+
+def test_each_is_run_once_in_its_order(tmp_path: Path):
+    world = World()
+    assert world.through(PARTS, tmp_path) == {"a": 120.0, "b": 60.0, "c": 180.0}
+    assert [a for a, _ in world.ran] == ["a", "b", "c"]
+    again = World()
+    assert again.through(PARTS, tmp_path) == {"a": 120.0, "b": 60.0, "c": 180.0}
+    assert again.ran == []
+
+
+def test_the_estimate_learns_how_long_things_take(tmp_path: Path):
+    world = World()
+    world.through(PARTS, tmp_path)
+    heads = [line for line in world.said if line.startswith("\n[")]
+    assert heads == [
+        "\n[part 1 of 3, about 3 min left] part a",  # as thought: 180 s
+        "\n[part 2 of 3, about 4 min left] part b",  # 120 s more, at twice the time
+        "\n[part 3 of 3, about 3 min left] part c",  # 90 s more, likewise
+    ]
+
+
+def test_it_goes_on_after_what_failed(tmp_path: Path):
+    with pytest.raises(UsageError, match="part b failed with exit code 1"):
+        World(fails="b").through(PARTS, tmp_path)
+    world = World()
+    world.through(PARTS, tmp_path)
+    assert [a for a, _ in world.ran] == ["b", "c"]
+    assert world.said[0].startswith("1 of 3 parts")
+
+
+def test_a_part_that_is_another_now_is_not_taken_for_done(tmp_path: Path):
+    World().through(PARTS, tmp_path)
+    other = Part("a", "part a", ("a", "61.0"))
+    with pytest.raises(UsageError, match=r"is of another command: muybridge a 60\.0"):
+        read_done(tmp_path, other)
+    with pytest.raises(ValueError, match="two parts are called a"):
+        World().through([*PARTS, other], tmp_path)
+
+
+def test_a_folder_belongs_to_its_settings(tmp_path: Path):
+    root = tmp_path / "run"
+    agree(root, {"updates": 3, "model": "x"})
+    agree(root, {"updates": 3, "model": "x"})
+    with pytest.raises(UsageError, match="begun with updates 3, and 4 is asked for"):
+        agree(root, {"updates": 4, "model": "x"})
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine").write_text("")
+    with pytest.raises(UsageError, match="holds something else"):
+        agree(tmp_path / "full", {})
