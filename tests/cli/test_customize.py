@@ -1,0 +1,109 @@
+"""One motion from one clip in one command."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from muybridge.backbones import load
+from muybridge.backbones.adapters import load_adapter
+from muybridge.backbones.base import Backbone
+from muybridge.cli import main
+from muybridge.toy_clips import write_clips
+from muybridge.video import frame_count
+
+Tiny = Callable[[str], Path]
+SMALL = ["--frames=4", "--height=32", "--width=32", "--steps=2"]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reference")
+    return write_clips(folder, 1, frames=9, height=32, width=32)[0]
+
+
+def test_from_a_clip_to_videos_of_a_new_subject(
+    clip: Path, tiny_checkpoint: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["customize", f"--model={tiny_checkpoint('unet3d')}", f"--reference={clip}", f"--out={out}", *SMALL]
+    command += ["--caption=a disc | moves right", "--prompt=a robot | moves right", "--updates=3", "--beta=0.3"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "the adapter acts from time 700 on" in said, "the family's published boundary"
+    videos = sorted(p.name for p in (out / "videos").glob("*.mp4"))
+    assert videos == [
+        "0000-a-robot-moves-right-0-base.mp4",
+        "0000-a-robot-moves-right-0-customized.mp4",
+        "reference.mp4",
+    ]
+    assert all(frame_count(out / "videos" / name) == 4 for name in videos)
+    assert (out / "sheet.png").is_file()
+    backbone = load(str(tiny_checkpoint("unet3d")))
+    adapter = load_adapter(backbone, out / "adapter/adapter.safetensors")
+    assert (adapter.t_min, adapter.t_max) == (700.0, 1000.0)
+    # What it trained with is a config for fit.
+    config = yaml.safe_load((out / "customize.yaml").read_text())
+    assert config["model"]["class_path"] == "MotionCustomization"
+    assert main(["fit", "-c", str(out / "customize.yaml"), "--print_config"]) == 0
+    # A second run trains nothing, and other settings do not take the place of these.
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "adapter already" in capsys.readouterr().out
+    assert main([*command, "--rank=8"]) == 2
+    assert "choose another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--caption=a disc moves right"], "a subject and a motion"),
+        (["--prompt=a robot"], "a subject and a motion"),
+        (["--prompt=a disc | moves right"], "another subject than"),
+        (["--tau=1200"], "0 to 1000"),
+        (["--tau=999.5"], "below 999"),
+        (["--frames=16"], "can't be used"),
+        (["--updates=0"], "1 or more"),
+        (["--from_probe=nowhere"], "no result of a probe"),
+        (["--device=cuda:7"], "can't be used"),
+        (["--reference=nowhere.mp4"], "nowhere.mp4"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_weight_is_read(
+    options: list[str],
+    said: str,
+    clip: Path,
+    tiny_checkpoint: Tiny,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    loads: list[Backbone],
+) -> None:
+    command = ["customize", f"--model={tiny_checkpoint('unet3d')}", f"--reference={clip}", f"--out={tmp_path / 'x'}"]
+    command += [*SMALL, "--caption=a disc | moves right", "--prompt=a robot | moves right", *options]
+    assert main(command) == 2
+    assert said in capsys.readouterr().err
+    assert not loads
+    assert not (tmp_path / "x").exists()
+
+
+def test_where_nothing_is_published_the_reference_is_probed(
+    clip: Path, tiny_checkpoint: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A network of random weights parts nothing, and the command says so rather than guess."""
+    out = tmp_path / "out"
+    command = ["customize", f"--model={tiny_checkpoint('wan')}", f"--reference={clip}", f"--out={out}"]
+    command += ["--frames=5", "--height=16", "--width=16", "--steps=4", "--updates=1"]
+    command += ["--caption=a disc | moves right", "--prompt=a robot | moves right", "--compare=false"]
+    code = main(command)
+    caught = capsys.readouterr()
+    assert "a probe of the reference" in caught.out
+    assert (out / "probe/probe.json").is_file()
+    if code:
+        assert code == 2
+        assert "found no boundary" in caught.err
+        assert not (out / "adapter").exists()
+    else:
+        assert (out / "adapter/adapter.safetensors").is_file()
