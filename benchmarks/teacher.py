@@ -1,10 +1,11 @@
 """How well the proving ground's trained pipeline shows what it is asked for, against real clips with the same captions.
 
-    python benchmarks/teacher.py [--model DIR] [--prompts 504] [--steps 50] [--guidance 3.0]
+    python benchmarks/teacher.py [--model DIR] [--prompts 504] [--steps 50] [--guidance 3.0] [--curve RUN ...] [--card DIR]
 
 Captions are those of held-out clips: their pairs of shape and colour were never trained on, and motions take turns. Three rows:
 real clips as drawn; the same after the pipeline's own autoencoder, which is what its denoiser could reach at best; and samples,
-the noise of number i a function of the seed and i. Writes ``benchmarks/results/teacher.json`` and ``teacher.md``.
+the noise of number i a function of the seed and i. Writes ``benchmarks/results/teacher.json`` and ``teacher.md``; with
+``--curve`` the losses that training runs logged, as ``teacher-curve.csv``; with ``--card`` the card that ships beside the weights.
 """
 
 from __future__ import annotations
@@ -77,6 +78,94 @@ def line(name: str, scores: Scores, against: Scores) -> str:
     return f"| {name} | {' | '.join(cells)} | {scores.distance(against):.3f} |"
 
 
+def curve(runs: list[Path]) -> list[tuple[int, str, float]]:
+    """Update, name and value of what runs logged about validation; a later run goes on where the one before it ended."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+
+    found: dict[tuple[int, str], float] = {}
+    for run in runs:
+        events = EventAccumulator(str(run)).Reload()
+        for tag in events.Tags()["scalars"]:
+            if tag.startswith("val/"):
+                found |= {(event.step + 1, tag): event.value for event in events.Scalars(tag)}
+    return [(step, tag, value) for (step, tag), value in sorted(found.items())]
+
+
+CARD = """---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-video
+---
+
+# The proving ground's teacher
+
+A `WanPipeline` of {parameters}, trained from nothing on clips of muybridge's proving ground: {size} pixels, {frames} frames;
+{motions}; {looks}. It knows no other words than theirs. `muybridge.backbones.load("proving-ground")` loads it; in diffusers,
+`pipeline(..., height={size}, width={size}, num_frames={less}, max_sequence_length=16)` makes {frames} frames.
+
+It is for experiments about motion whose answer is known: distillation, customization and attribution in minutes on a laptop.
+It is no model of the world.
+
+## Scores
+
+`{command}`, {date}, {machine}. Captions are held out: their pairs of shape and colour were never trained on. Shares have Wilson's
+95 % interval, means the bootstrap's; `distance` is Fréchet's to other real clips, in what the reader reads motions from.
+
+{table}
+
+Read right, by the motion that was asked for: {motion}. By law: {law}.
+
+## Training
+
+The commands at the top of `configs/proving_ground/autoencoder.yaml` and `teacher.yaml`, with their seeds, on {trained}.
+
+{curve}
+"""
+
+
+def card(folder: Path, found: dict[str, Any], table: str, trained: str, points: list[tuple[int, str, float]]) -> None:
+    """Write the model card: everything in it is read from the files and the results."""
+    from safetensors import safe_open
+
+    def count(part: str) -> int:
+        total = 0
+        for file in (folder / part).glob("*.safetensors"):
+            with safe_open(str(file), "pt") as held:
+                total += sum(held.get_tensor(name).numel() for name in held.keys())  # noqa: SIM118 - no mapping
+        return total
+
+    world = teacher_world()
+    sizes = {"transformer": "denoiser", "vae": "autoencoder", "text_encoder": "text encoder"}
+    tags = sorted({tag for _, tag, _ in points})
+    steps = sorted({step for step, _, _ in points})
+    held = {(step, tag): value for step, tag, value in points}
+    rows = [
+        f"| updates | {' | '.join(tags)} |",
+        "|---" * (len(tags) + 1) + "|",
+        *(f"| {step} | {' | '.join(f'{held[step, tag]:.4f}' for tag in tags)} |" for step in steps),
+    ]
+    looks = f"{', '.join(world.shapes)} in {', '.join(world.colours)}, texture {', '.join(world.textures)}"
+    (folder / "README.md").write_text(
+        CARD.format(
+            parameters=", ".join(f"{count(part) / 1e6:.2f} M ({name})" for part, name in sizes.items()),
+            size=world.size,
+            frames=world.frames,
+            less=world.frames - 1,
+            motions=", ".join(world.motions),
+            looks=f"{looks}, before {', '.join(world.backgrounds)}",
+            command=found["command"],
+            date=found["date"],
+            machine=found["machine"],
+            table=table,
+            motion=", ".join(f"{name} {share:.2f}" for name, share in found["by_motion"]["motion"].items()),
+            law=", ".join(f"{name} {share:.2f}" for name, share in found["by_motion"]["law"].items()),
+            trained=trained,
+            curve="\n".join(rows),
+        ),
+        encoding="utf-8",
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="proving-ground")
@@ -85,6 +174,13 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--out", type=Path, default=RESULTS / "teacher.json")
     parser.add_argument("--sheet", type=Path, help="write a picture of some samples too")
+    parser.add_argument(
+        "--curve", type=Path, nargs="*", default=[], help="folders of the denoiser's training runs, in order"
+    )
+    parser.add_argument("--card", type=Path, help="the model's folder, to write its card")
+    parser.add_argument(
+        "--trained", default="a machine that was not named", help="what it was trained on, for the card"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     world, backbone = teacher_world(), load(args.model)
@@ -132,6 +228,12 @@ def main() -> None:
     )
     print(text)
     print(json.dumps(by_motion))
+    points = curve(args.curve)
+    if points:
+        lines = ["updates,name,value", *(f"{step},{tag},{value:.6f}" for step, tag, value in points)]
+        args.out.with_name("teacher-curve.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if args.card:
+        card(args.card, found, text, args.trained, points)
     if args.sheet:
         from muybridge.video import contact_sheet, write_image
 
