@@ -18,6 +18,7 @@ from muybridge.batch import Batch
 from muybridge.diffusion.draws import keyed_generator
 from muybridge.errors import UsageError
 from muybridge.export import fresh_directory
+from muybridge.permissions import as_usual
 from muybridge.proving_ground.stills import as_stills
 
 
@@ -208,6 +209,7 @@ class Autoencoder(pl.LightningModule):
             if (source / name).is_dir():
                 shutil.copytree(source / name, partial / name)
         vae.save_pretrained(partial / "vae", safe_serialization=True)
+        as_usual(partial / "vae")
         index = json.dumps(self.checkpoint.index, indent=2) + "\n"
         (partial / "model_index.json").write_text(index, encoding="utf-8")
         if final.exists():

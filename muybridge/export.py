@@ -13,6 +13,7 @@ from muybridge.backbones.base import Backbone
 from muybridge.backbones.comfy import FAMILIES
 from muybridge.errors import UsageError
 from muybridge.few_step_scheduler import write_scheduler
+from muybridge.permissions import as_usual
 
 
 def fresh_directory(out: str) -> tuple[Path, Path]:
@@ -56,6 +57,7 @@ def export_pipeline(backbone: Backbone, out: str, steps: Optional[Sequence[float
             shutil.copytree(source / name, partial / name)
     for name, network in backbone.networks.items():
         network.save_pretrained(partial / name, safe_serialization=True)  # type: ignore[operator]
+        as_usual(partial / name)
         index[name] = ["diffusers", type(network).__name__]
     if steps is not None:
         trained = backbone.checkpoint.config("scheduler")

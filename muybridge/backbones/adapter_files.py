@@ -33,6 +33,7 @@ from muybridge.backbones.lora import (
     register,
 )
 from muybridge.errors import UsageError, did_you_mean
+from muybridge.permissions import as_usual
 
 Format = Literal["diffusers", "comfyui"]
 HEADER = "muybridge"
@@ -65,6 +66,7 @@ def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> No
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         save_file(tensors, partial, metadata={"format": "pt", **header})
+        as_usual(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from muybridge.backbones.base import Backbone
 from muybridge.diffusion import inversion
 from muybridge.diffusion.samplers import OnStep
 from muybridge.errors import UsageError
+from muybridge.permissions import as_usual
 
 KEY = "muybridge_inversion"
 """Our entry in the file's header."""
@@ -92,6 +93,7 @@ def write_inverted(path: str | Path, found: Inverted) -> Path:
     tensors = {"noise": found.noise.contiguous().cpu(), "clean": found.clean.contiguous().cpu()}
     try:
         save_file(tensors, partial, metadata={"format": "pt", KEY: json.dumps(found.about)})
+        as_usual(partial)
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from muybridge.errors import UsageError
+from muybridge.permissions import as_usual
 
 COLUMNS = pa.schema(
     [
@@ -147,6 +148,7 @@ class ShardWriter:
         path = self._claim()
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         save_file(self._tensors, temporary)
+        as_usual(temporary)
         _sync(temporary)
         size = temporary.stat().st_size
         os.replace(temporary, path)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from muybridge.errors import UsageError
+from muybridge.permissions import as_usual
 from muybridge.proving_ground.appearance import COLOURS, SHAPES
 from muybridge.proving_ground.motions import MOTIONS, STATIC
 from muybridge.proving_ground.tracking import Track, saturation, track
@@ -237,6 +238,7 @@ class Reader(nn.Module):
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f".{file.stem}.{os.getpid()}{file.suffix}")
         save_file({name: value.contiguous() for name, value in self.state_dict().items()}, temporary)
+        as_usual(temporary)
         os.replace(temporary, file)
         return file
 

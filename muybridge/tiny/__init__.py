@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from muybridge.errors import UsageError, did_you_mean
+from muybridge.permissions import as_usual
 from muybridge.tiny.pipelines import MAKERS
 
 __all__ = ["MAKERS", "write"]
@@ -23,4 +24,5 @@ def write(name: str, out: str | Path) -> Path:
     with torch.random.fork_rng():
         pipeline = MAKERS[name]()
     pipeline.save_pretrained(str(out), safe_serialization=True)
+    as_usual(Path(out))
     return Path(out)

@@ -56,10 +56,12 @@ def proving_ground(
     """
     if model is not None:
         from muybridge.export import fresh_directory
+        from muybridge.permissions import as_usual
         from muybridge.proving_ground.pipeline import untrained
 
         final, partial = fresh_directory(model)
         untrained(seed).save_pretrained(str(partial), safe_serialization=True)
+        as_usual(partial)
         if final.exists():
             final.rmdir()
         partial.rename(final)
