@@ -2,8 +2,9 @@
 
 from callbacks.ema import EMA
 from callbacks.gradient_capture import GradientCapture
+from callbacks.interruption import Interruption
 from callbacks.motion_monitor import MotionMonitor
 from callbacks.preemption import Preemption
 from callbacks.samples import Samples
 
-__all__ = ["EMA", "GradientCapture", "MotionMonitor", "Preemption", "Samples"]
+__all__ = ["EMA", "GradientCapture", "Interruption", "MotionMonitor", "Preemption", "Samples"]

@@ -159,12 +159,14 @@ def outlive_notice(worker: int) -> None:
     """``worker_init_fn`` of loaders: live through the signals that announce the end of a job.
 
     Schedulers may send them to every process of the job. A worker that dies of one takes the rank down before it has saved.
-    SIGUSR1 is ignored, and so is the first SIGTERM; a second one, as from a loader that shuts down, ends the worker.
+    SIGUSR1 is ignored, and so is the first SIGTERM; a second one, as from a loader that shuts down, ends the worker. So is
+    Ctrl-C, which reaches the workers of a run that will train an update more and save.
     """
 
     def first(number: int, frame: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     signal.signal(signal.SIGTERM, first)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -58,6 +58,7 @@ CALLBACKS: dict[str, str] = {
     "EMA": "callbacks.ema",
     "Samples": "callbacks.samples",
     "Preemption": "callbacks.preemption",
+    "Interruption": "callbacks.interruption",
     "MotionMonitor": "callbacks.motion_monitor",
     "GradientCapture": "callbacks.gradient_capture",
 }

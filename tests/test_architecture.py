@@ -20,6 +20,7 @@ HEAVY = ("diffusers", "transformers", "peft")
 HEIGHT = {
     "": 0,
     "errors": 0,
+    "permissions": 0,
     "registry": 0,
     "diffusion": 1,
     "batch": 2,

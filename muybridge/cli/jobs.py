@@ -7,6 +7,7 @@ import inspect
 import logging
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import muybridge
+from callbacks.interruption import Interruption
 from lightning_modules.checkpoints import WholeFiles
 from muybridge import registry
 from muybridge.cli import checkpoints, places
@@ -73,6 +75,30 @@ class SaveConfig(SaveConfigCallback):
         super().__init__(parser, config, overwrite=True, **kwargs)
 
 
+class Whereabouts(pl.Callback):
+    """Says where a run's files go, when it starts and when it has come to its end."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Name the run's folder; every rank asks for it, since the first one tells the others."""
+        pl.utilities.rank_zero_info(f"run folder: {trainer.log_dir or trainer.default_root_dir}")
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Name the checkpoints."""
+        lines = []
+        for saver in trainer.checkpoint_callbacks:
+            last, best = getattr(saver, "last_model_path", ""), getattr(saver, "best_model_path", "")
+            if last:
+                lines.append(f"  last: {last}")
+            if best and best != last:
+                monitor, score = getattr(saver, "monitor", None), getattr(saver, "best_model_score", None)
+                value = f" ({monitor} {float(score):.5g})" if monitor and score is not None else ""
+                lines.append(f"  {'best' if monitor else 'kept'}: {best}{value}")
+        if lines:
+            pl.utilities.rank_zero_info("\n".join(["checkpoints:", *dict.fromkeys(lines)]))
+        else:
+            pl.utilities.rank_zero_info("no checkpoint was written: none was asked for, or none was due yet")
+
+
 class CLI(LightningCLI):
     """One verb of the command.
 
@@ -83,7 +109,7 @@ class CLI(LightningCLI):
     """
 
     def __init__(self, verb: str, arguments: list[str], configs: Sequence[Config]) -> None:
-        self.verb, self.configs = verb, configs
+        self.verb, self.configs, self.command = verb, configs, command_line(verb, arguments)
         self.is_loop = registry.VERBS[verb].kind == "loop"
         self.trainer_settings: dict[str, Any] = {}
         self.takes_data = True
@@ -159,6 +185,11 @@ class CLI(LightningCLI):
         # A plugin of the config's stays, and so do strategies (XLA) that bring their own way to files.
         if strategy._checkpoint_io is None and type(strategy).checkpoint_io is Strategy.checkpoint_io:
             strategy.checkpoint_io = WholeFiles()
+        if self.verb == "fit":
+            watching: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            if not any(isinstance(c, Interruption) for c in watching):
+                watching.append(Interruption(command=self.command))
+            watching.append(Whereabouts())
         return trainer
 
     def after_instantiate_classes(self) -> None:
@@ -205,6 +236,16 @@ def strategies() -> dict[str, type[Strategy]]:
         if not cls.__module__.startswith("lightning."):
             found[cls.__name__] = cls
     return found
+
+
+def command_line(verb: str, arguments: Sequence[str]) -> str:
+    """What starts this run from anywhere, without the checkpoint that it began from."""
+    typed, skip = ["muybridge", verb], False
+    for argument in arguments:
+        if not skip and not argument.startswith("--ckpt_path"):
+            typed.append(argument)
+        skip = not skip and argument == "--ckpt_path"
+    return shlex.join(typed)
 
 
 def run_job(verb: str, arguments: list[str]) -> int:
