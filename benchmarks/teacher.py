@@ -5,7 +5,7 @@
 Captions are those of held-out clips: their pairs of shape and colour were never trained on, and motions take turns. Three rows:
 real clips as drawn; the same after the pipeline's own autoencoder, which is what its denoiser could reach at best; and samples,
 the noise of number i a function of the seed and i. Writes ``benchmarks/results/teacher.json`` and ``teacher.md``; with
-``--curve`` the losses that training runs logged, as ``teacher-curve.csv``; with ``--card`` the card that ships beside the weights.
+``--curve`` the losses that runs logged, as ``teacher-curve.csv``; with ``--card`` the card that ships beside the weights.
 """
 
 from __future__ import annotations
