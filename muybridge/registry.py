@@ -126,10 +126,14 @@ VERBS: dict[str, Verb] = {
     "cache": Verb("encode latents and text embeddings once, for training without VAE and text encoder", "job"),
     "attribute": Verb("project the gradients of training clips and of query clips into a store", "job"),
     "trajectories": Verb("write a teacher's paths from noise to clean, for a student to learn from", "job"),
-    "select": Verb("select the clips that a store says are most helpful to some queries, with a page to look at", "tool"),
+    "attribution-check": Verb("compare rankings by projected with those by full gradients, and by one time with many", "job"),
+    "select": Verb(
+        "select the clips that a store says are most helpful to some queries, with a page to look at", "tool"
+    ),
     "consolidate": Verb("turn a sharded checkpoint folder into one file", "tool"),
     "invert": Verb("write the noise that a model would make each clip of", "tool"),
     "probe": Verb("find the time above which a model settles motion and below which it settles appearance", "tool"),
+    "motion-layers": Verb("rank attention layers by how well their maps find clips of the same motion", "tool"),
     "customize": Verb("teach a model the motion of one clip, and show it on new subjects", "tool"),
     "demo": Verb("from nothing to a report: sample, distil and judge the proving ground's model, in minutes", "tool"),
     "bench-motion": Verb("the demo's comparisons at full strength, with several seeds, as a table", "tool"),
