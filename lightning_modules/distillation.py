@@ -12,6 +12,7 @@ from typing import Any, Literal, Optional
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -801,11 +802,12 @@ def memory_of(device: torch.device) -> Optional[int]:
     return None
 
 
-def memory_needed(job: Distillation) -> dict[str, int]:
+def memory_needed(job: Distillation, training: bool = True) -> dict[str, int]:
     """Bytes of weights, gradients and Adam's moments by role, on all ranks together; activations come on top.
 
     Args:
         job: Its weights need not be loaded.
+        training: Count gradients and moments too.
     """
     count = {
         id(b): sum(p.numel() for name in b._present_networks() for p in b.skeleton(name).parameters())
@@ -815,7 +817,7 @@ def memory_needed(job: Distillation) -> dict[str, int]:
     for role, own in (("student", job.own_student), ("critic", job.own_critic)):
         if own is not None:
             averaged = own.dtype.itemsize if role == "student" and job.average_requested else 0
-            needed[role] = count[id(own)] * (4 * own.dtype.itemsize + averaged)
+            needed[role] = count[id(own)] * ((4 if training else 1) * own.dtype.itemsize + averaged)
     return needed
 
 
@@ -827,13 +829,15 @@ def check_memory(job: Distillation) -> None:
         return
     ranks = job.trainer.world_size // strategy.replicate if sharded else 1  # type: ignore[attr-defined]
     held = memory_of(strategy.root_device)
-    needed = memory_needed(job)
+    training = job.trainer.state.fn == TrainerFn.FITTING
+    needed = memory_needed(job, training)
     total = sum(needed.values()) / ranks
     if held is None or total <= held:
         return
     parts = ", ".join(f"{role} {size / ranks / 2**30:.1f}" for role, size in needed.items())
+    what = "weights, gradients and Adam" if training else "weights"
     raise UsageError(
-        f"this job needs {total / 2**30:.1f} GiB on every device for weights, gradients and Adam alone ({parts}), and"
+        f"this job needs {total / 2**30:.1f} GiB on every device for {what} alone ({parts}), and"
         f" {strategy.root_device} has {held / 2**30:.1f}",
         "less than the device holds, with room for activations",
         "set student_lora and critic_lora (one copy of the weights), shard over more devices (strategy: FullyShard),"
