@@ -85,9 +85,7 @@ def test_stage_two_goes_from_prompts_to_a_causal_student(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (["--model.student.causal.block=2"], "3 latent frames in causal blocks of 2"),
         (["--model.steps=[1000, 800]"], "step 800 is not on the teacher's path"),
-        (["--model.steps=[500, 1000]"], "the step list is [500"),
         (["--prompts=blank.txt"], "blank lines: 2"),
         (["--model.student.components=[denoiser]"], "text_encoder among them, or --cache"),
     ],
