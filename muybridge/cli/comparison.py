@@ -144,7 +144,8 @@ def sections(compared: Compared, methods: Sequence[Method], done: Mapping[str, D
             "What the judge reads",
             (
                 "Real clips are the ceiling. The teacher at the students' number of steps is the baseline that distillation has "
-                "to beat; it is guided, and so takes twice the network's calls of a student.",
+                "to beat; it is guided, and so takes twice the network's calls of a student. A student before distillation is "
+                "the teacher under the students' sampler and without guidance: what the updates began with.",
             ),
             (judged(compared, methods),),
             commands(done, *(f"{setting.label}{m.name}.judge" for m in methods)),

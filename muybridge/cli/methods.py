@@ -41,6 +41,9 @@ class Method:
 
 TEACHER, STUDENT = "proving_ground/finetune.yaml", "proving_ground/distill.yaml"
 
+FEW_STEPS = ("--model.sampling.steps=[1000, 900, 750, 500]", "--model.sampling.guidance=1.0")
+"""How students of the config are sampled."""
+
 
 def distilled(name: str, title: str, overrides: tuple[str, ...] = ()) -> Method:
     """A student of four steps."""
@@ -60,6 +63,8 @@ METHODS: tuple[Method, ...] = (
     Method("real", "real clips"),
     Method("teacher-50", "teacher, 50 steps", TEACHER, forwards=100),
     Method("teacher-4", "teacher, 4 steps", TEACHER, ("--model.sampling.steps=4",)),
+    Method("teacher-2", "teacher, 2 steps", TEACHER, ("--model.sampling.steps=2",), forwards=4),
+    Method("undistilled", "student before distillation, 4 steps", TEACHER, FEW_STEPS, forwards=4),
     Method("finetuned-4", "finetuned teacher, 4 steps", TEACHER, ("--model.sampling.steps=4",), trained=True),
     distilled("dmd", "DMD, 4 steps"),
     *(
@@ -182,7 +187,7 @@ class Setting:
                     f"{self.label}{method.name}.fit",
                     f"{method.title}: {self.updates} updates",
                     arguments,
-                    8.0 + 0.8 * self.updates,
+                    8.0 + 1.0 * self.updates,
                 )
             )
         judged = ["judge", f"--videos={self.folder / 'validation.parquet'}"]

@@ -13,8 +13,9 @@ import yaml
 from muybridge.cli.comparison import FIGURES
 from muybridge.cli.methods import METHODS, Method, Setting, pick
 from muybridge.cli.scoreboard import Scoreboard, shown
+from muybridge.data.selection import read_selection
 from muybridge.errors import UsageError
-from muybridge.proving_ground import motion_of
+from muybridge.proving_ground import look_of, motion_of
 from muybridge.proving_ground.files import write_clips
 from muybridge.proving_ground.pipeline import untrained
 from muybridge.proving_ground.score_files import read_scores, write_scores
@@ -44,11 +45,13 @@ def test_the_demo_runs_from_nothing_and_not_twice(command: Command, tmp_path: Pa
     assert first.out.rstrip().endswith(f"report: {report}")
     page = report.read_text(encoding="utf-8")
     prompts = [json.loads(line) for line in (tmp_path / "demo/clips/validation_prompts.jsonl").read_text().splitlines()]
-    assert page.count("<video ") == 5 * len({motion_of(line["prompt"]) for line in prompts}) > 15
+    motions = len({motion_of(line["prompt"]) for line in prompts})
+    # A clip of every method; reference, before and after of two prompts; a query and four clips.
+    assert page.count("<video ") == 6 * motions + 3 * 2 + 5 * motions > 36
     assert "DMD + MSM (λ = 1, shared), 4 steps" in page
     # Every part is a command that can be run alone, and is said on the page too.
     said = [line.strip() for line in first.out.splitlines() if line.startswith("  muybridge ")]
-    assert [shlex.split(line)[1] for line in said].count("judge") == 5
+    assert [shlex.split(line)[1] for line in said].count("judge") == 6 + 2
     assert [shlex.split(line)[1] for line in said].count("fit") == 2
     assert all(shlex.quote(line.split()[-1]).strip("'") in page for line in said)
 
@@ -57,9 +60,19 @@ def test_the_demo_runs_from_nothing_and_not_twice(command: Command, tmp_path: Pa
     assert scores["real"].summary["motion"].value == 1.0
     assert scores["teacher-50"].summary["motion"].value < 0.5, "it has learned nothing"
 
+    taught = read_scores(tmp_path / "demo/customization/customized.json")
+    assert {row.asked_motion for row in taught.rows} == {"roll"}, "which the world of the model has not"
+    (reference,) = {row.reference for row in taught.rows}
+    assert reference is not None
+    for row in taught.rows:
+        assert not {row.asked_shape, row.asked_colour} & set(look_of(reference)), "any look of the reference is a leak"
+    assert all(row.leak_shape is not None for row in taught.rows)
+    chosen = read_selection(tmp_path / "demo/attribution/selection.parquet")
+    assert len(chosen.ids) == round(0.2 * 0.8 * CLIPS)
+
     again = command(*options)
     assert again.code == 0
-    assert "12 of 12 parts" in again.out
+    assert "21 of 21 parts" in again.out
     assert "[part" not in again.out
     assert report.read_text(encoding="utf-8") == page
     assert command(*options, "--updates=2").code == 2
@@ -122,6 +135,15 @@ def test_a_method_is_its_config_and_what_is_changed(name: str, command: Command,
         assert arguments["losses"][1]["init_args"]["normalizer"] == "own"
     else:
         assert arguments["sampling"]["steps"] == 4
+
+
+def test_a_student_before_distillation_is_sampled_like_one_after_it(command: Command, tmp_path: Path):
+    (before, after) = pick(["undistilled", "dmd"])
+    setting = Setting(tmp_path / "s", "some/model", SMALL, 50, 0.2, 7)
+    printed = [yaml.safe_load(command(*setting.parts(m)[0].arguments, "--print_config").out) for m in (before, after)]
+    sampling, steps = printed[0]["model"]["init_args"]["sampling"], printed[1]["model"]["init_args"]["steps"]
+    assert sampling["steps"] == steps
+    assert sampling["guidance"] == 1.0
 
 
 def test_methods_are_picked_by_name():

@@ -6,18 +6,18 @@ from pathlib import Path
 
 from muybridge.errors import UsageError
 
-SHOWN = ("real", "teacher-50", "teacher-4", "dmd", "msm-shared-1")
+SHOWN = ("real", "teacher-50", "teacher-4", "undistilled", "dmd", "msm-shared-1")
 VALIDATION = 0.2
 
 
-def demo(*, out: str = "runs/demo", updates: int = 120, clips: int = 240, model: str = "proving-ground") -> None:
-    """Sample the model that ships, distil it to four steps with and without motion score matching, judge all of it, show it.
+def demo(*, out: str = "runs/demo", updates: int = 100, clips: int = 240, model: str = "proving-ground") -> None:
+    """Sample the model that ships, distil it to four steps, customize it from one clip, attribute motions; judge it all, show it.
 
     Each part is a verb with its options, which are printed, and can be run alone. What is done is not done again.
 
     Args:
         out: Where everything goes; a folder that this command began is continued.
-        updates: Iterations of each distillation.
+        updates: Iterations of each distillation; the customization has twice as many, up to 200.
         clips: How many clips are drawn; a fifth of them give the captions that are sampled and judged.
         model: The pipeline that is sampled and distilled: one that ships, or a directory.
     """
@@ -26,6 +26,7 @@ def demo(*, out: str = "runs/demo", updates: int = 120, clips: int = 240, model:
     from muybridge.cli.front import run
     from muybridge.cli.methods import Setting, pick
     from muybridge.cli.parts import agree, run_parts
+    from muybridge.cli.tour import Attribution, Customization
     from muybridge.proving_ground.small import SMALL
     from muybridge.report import Report, write_report
 
@@ -36,13 +37,22 @@ def demo(*, out: str = "runs/demo", updates: int = 120, clips: int = 240, model:
     agree(root, {"updates": updates, "clips": clips, "model": model})
     setting = Setting(root, model, SMALL, clips, VALIDATION, updates)
     methods = pick(SHOWN)
+    customization = Customization(setting, updates=min(200, 2 * updates), count=max(2, setting.judged // 4))
+    attribution = Attribution(setting)
+    customization.write_prompts()
     parts = [setting.draw(), *(part for method in methods for part in setting.parts(method))]
+    parts += [*customization.parts(), *attribution.parts()]
     done = run_parts(parts, root, run)
     took = sum(d.seconds for d in done.values())
     report = Report(
         "muybridge: a first run",
-        "A small world where the truth about motion is known, a model that was trained on it, and what becomes of its motion "
-        f"when it is distilled to four steps. Made in {took / 60:.0f} minutes; every command is below what it made.",
-        sections(read_compared(setting, methods), methods, done),
+        "A small world where the truth about motion is known, a model that was trained on it, what becomes of its motion when "
+        "it is distilled to four steps, how it learns one from a single clip, and which clips a motion comes from. "
+        f"Made in {took / 60:.0f} minutes; every command is below what it made.",
+        (
+            *sections(read_compared(setting, methods), methods, done),
+            customization.section(done),
+            attribution.section(done),
+        ),
     )
     print(f"\nreport: {write_report(root / 'report.html', report).resolve()}")

@@ -1,0 +1,286 @@
+"""The demo's other jobs: a motion from one clip, and the training clips that a motion comes from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from datamodules.prompts import prompt_id
+from muybridge.cli.comparison import FIGURES, commands
+from muybridge.cli.methods import TEACHER, Setting
+from muybridge.cli.parts import Done, Part
+from muybridge.metrics.base import share
+from muybridge.proving_ground import MOTIONS, join_caption, look_of, motion_of, split_caption
+from muybridge.proving_ground.captions import subject_words
+from muybridge.proving_ground.scene import World, draw_scene
+from muybridge.proving_ground.score_files import read_scores
+from muybridge.proving_ground.small import as_options
+from muybridge.report import Cell, Grid, Section, Table, Video
+
+WAYS = {"base": "as it ships", "customized": "after one clip"}
+
+
+@dataclass(frozen=True)
+class Customization:
+    """Teach the model a motion that it does not know, from one clip.
+
+    Args:
+        setting: The model, the world, the folder.
+        motion: One that is not in the model's world.
+        updates: Of training.
+        tau: Time from which on the adapter acts.
+        count: New subjects to show it on.
+    """
+
+    setting: Setting
+    motion: str = "roll"
+    updates: int = 200
+    tau: float = 500.0
+    count: int = 12
+
+    @property
+    def root(self) -> Path:
+        """Where all of it goes."""
+        return self.setting.root / "customization"
+
+    @cached_property
+    def world(self) -> World:
+        """Where the clip is from."""
+        assert self.motion in MOTIONS
+        return replace(self.setting.world, motions=(self.motion,))
+
+    @cached_property
+    def caption(self) -> str:
+        """Of the clip."""
+        return draw_scene(self.world, self.setting.seed, 0).caption
+
+    @cached_property
+    def wanted(self) -> list[str]:
+        """The same motion of subjects that share neither shape nor colour with the clip's; spread over both."""
+        (its_shape, its_colour), how = look_of(self.caption), split_caption(self.caption)[1]
+        shapes = [shape for shape in self.world.shapes if shape != its_shape]
+        colours = [colour for colour in self.world.colours if colour != its_colour]
+        pairs = [(shapes[i % len(shapes)], colours[i % len(colours)]) for i in range(len(shapes) * len(colours))]
+        return [join_caption(subject_words(*pair), how) for pair in dict.fromkeys(pairs)][: self.count]
+
+    def name(self, index: int, way: str) -> str:
+        """Of a video, as `muybridge customize` calls it."""
+        return f"{prompt_id(index, self.wanted[index])}-0-{way}"
+
+    def write_prompts(self) -> None:
+        """What is asked for, for those who make videos and for those who judge them."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        (self.root / "prompts.txt").write_text("".join(f"{p}\n" for p in self.wanted[1:]), encoding="utf-8")
+        for way in WAYS:
+            lines = [{"id": self.name(i, way), "prompt": prompt} for i, prompt in enumerate(self.wanted)]
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (self.root / f"{way}.jsonl").write_text(text, encoding="utf-8")
+
+    def parts(self) -> list[Part]:
+        """Draw the clip, train and sample, judge both."""
+        s, clip = self.setting, self.root / "reference/clips/000000.mp4"
+        draw = [
+            "proving-ground",
+            "--clips=1",
+            "--validation=0.0",
+            f"--seed={s.seed}",
+            f"--out={self.root / 'reference'}",
+        ]
+        teach = [
+            "customize",
+            f"--model={s.model}",
+            f"--reference={clip}",
+            f"--caption={self.caption}",
+            f"--prompt={self.wanted[0]}",
+            f"--prompts={self.root / 'prompts.txt'}",
+            f"--out={self.root / 'result'}",
+            f"--tau={self.tau:g}",
+            f"--updates={self.updates}",
+            f"--frames={s.world.frames}",
+            f"--height={s.world.size}",
+            f"--width={s.world.size}",
+            "--steps=20",
+            "--guidance=3.0",
+            "--keep_bar=true",
+            f"--seed={s.seed}",
+        ]
+        judge = [
+            Part(
+                f"customization.{way}.judge",
+                f"customization, {title}: judged",
+                (
+                    "judge",
+                    f"--videos={self.root / 'result/videos'}",
+                    f"--prompts={self.root / f'{way}.jsonl'}",
+                    f"--reference={self.caption}",
+                    f"--out={self.root / f'{way}.json'}",
+                ),
+                0.06 * len(self.wanted),
+            )
+            for way, title in WAYS.items()
+        ]
+        weight = 10.0 + 0.05 * self.updates + 4.0 * len(self.wanted)
+        return [
+            Part(
+                "customization.clip",
+                "one clip of a motion that the model does not know",
+                (*draw, *as_options(self.world)),
+                1.0,
+            ),
+            Part(
+                "customization.teach",
+                f"customization: {self.updates} updates on that clip, then videos",
+                tuple(teach),
+                weight,
+            ),
+            *judge,
+        ]
+
+    def section(self, done: Mapping[str, Done]) -> Section:
+        """Reference, before and after."""
+        videos = self.root / "result/videos"
+        reference = Video.read(videos / "reference.mp4")
+        rows = [
+            (prompt, (reference, *(Video.read(videos / f"{self.name(i, way)}.mp4") for way in WAYS)))
+            for i, prompt in enumerate(self.wanted[:6])
+        ]
+        figures = {name: FIGURES[name] for name in ("motion", "law", "colour", "shape", "all", "static", "amount")}
+        leaks = {"leak_shape": "the reference's shape", "leak_colour": "the reference's colour"}
+        lines: list[tuple[Cell, ...]] = []
+        for way, title in WAYS.items():
+            summary = read_scores(self.root / f"{way}.json").summary
+            lines.append((title, *(summary[name] for name in (*figures, *leaks))))
+        note = (
+            f"{len(self.wanted)} clips of each; the last two columns are leakage: the look of the clip that was taught."
+        )
+        return Section(
+            "One motion from one clip",
+            (
+                f"The model has never seen anything that is asked to `{self.motion}`. An adapter learns it from one clip, "
+                f"`{self.caption}`, in {self.updates} updates, and is asked for it with other subjects.",
+            ),
+            (
+                Grid(("the one clip", *WAYS.values()), tuple(rows), "The same noise in both columns of a row."),
+                Table(("", *figures.values(), *leaks.values()), tuple(lines), note),
+            ),
+            commands(done, "customization."),
+        )
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Which training clips a query's motion comes from.
+
+    Args:
+        setting: The model, the world, the folder.
+        top: Clips of each query that are looked at.
+    """
+
+    setting: Setting
+    top: int = 10
+
+    @property
+    def root(self) -> Path:
+        """Where all of it goes."""
+        return self.setting.root / "attribution"
+
+    def parts(self) -> list[Part]:
+        """Cache clips with their motion weights, project gradients, select."""
+        s = self.setting
+        tables = {part: s.folder / f"{part}.parquet" for part in ("train", "validation")}
+        common = [
+            "-c",
+            TEACHER,
+            f"--seed_everything={s.seed}",
+            f"--model.backbone.path={s.model}",
+            "--data=VideoData",
+            f"--data.videos={tables['train']}",
+            f"--data.validation={tables['validation']}",
+            f"--data.frames={s.world.frames}",
+            f"--data.height={s.world.size}",
+            f"--data.width={s.world.size}",
+            "--data.batch_size=16",
+            "--data.num_workers=0",
+        ]
+        capture = [
+            f"--data.cache={self.root / 'cache'}",
+            "--data.motion_weights=true",
+            "--trainer.callbacks+=GradientCapture",
+            f"--trainer.callbacks.out={self.root / 'store'}",
+        ]
+        select = [
+            f"--store={self.root / 'store'}",
+            "--top=20%",
+            f"--videos={tables['train']}",
+            f"--query_videos={tables['validation']}",
+            f"--out={self.root / 'selection.parquet'}",
+            f"--report={self.root / 'report.html'}",
+        ]
+        return [
+            Part(
+                "attribution.cache",
+                "attribution: clips encoded, with weights where they move",
+                ("cache", *common, f"--out={self.root / 'cache'}", "--motion=DIS"),
+                5.0 + 0.03 * s.clips,
+            ),
+            Part(
+                "attribution.gradients",
+                f"attribution: projected gradients of {s.clips} clips",
+                ("attribute", *common, *capture),
+                5.0 + 0.1 * s.clips,
+            ),
+            Part("attribution.select", "attribution: the clips that help most", ("select", *select), 3.0),
+        ]
+
+    def section(self, done: Mapping[str, Done]) -> Section:
+        """Queries beside what helps them most, and how often that shows the same motion or look."""
+        from muybridge.attribution.influence import influence
+        from muybridge.attribution.store import InfluenceStore
+        from muybridge.data.sources import list_clips
+
+        scores = influence(InfluenceStore(self.root / "store"))
+        known = {
+            clip.id: (clip.caption or "", clip.path)
+            for part in ("train", "validation")
+            for clip in list_clips(self.setting.folder / f"{part}.parquet")
+        }
+        order = (-scores.values).argsort(axis=0, kind="stable")[: self.top]
+        best = {q: [scores.ids[i] for i in order[:, column]] for column, q in enumerate(scores.queries)}
+        same = {
+            "motion": lambda a, b: motion_of(a) == motion_of(b),
+            "shape": lambda a, b: look_of(a)[0] == look_of(b)[0],
+            "colour": lambda a, b: look_of(a)[1] == look_of(b)[1],
+        }
+        rows: list[tuple[Cell, ...]] = []
+        for name, alike in same.items():
+            top = [alike(known[q][0], known[i][0]) for q, ids in best.items() for i in ids]
+            everything = [alike(known[q][0], known[i][0]) for q in scores.queries for i in scores.ids]
+            rows.append((f"same {name}", share(sum(top), len(top)), share(sum(everything), len(everything))))
+        shown = []
+        for motion in self.setting.world.motions:
+            query = next((q for q in scores.queries if motion_of(known[q][0]) == motion), None)
+            if query is not None:
+                clips = [(known[i][0], known[i][1]) for i in best[query][:4]]
+                row = (Video.read(known[query][1]), *(Video.read(path, caption) for caption, path in clips))
+                shown.append((known[query][0], row))
+        return Section(
+            "Where a motion comes from",
+            (
+                "The gradient of the loss where a clip moves, projected to 4096 numbers, for each training clip and each held-out"
+                " query. Clips whose gradients point the same way as a query's would help it most. `muybridge select` turns this "
+                f"into a selection to train on, and writes a page of its own: `{self.root / 'report.html'}`.",
+            ),
+            (
+                Grid(("the query", "helps most", "second", "third", "fourth"), tuple(shown)),
+                Table(
+                    ("", f"among the {self.top} that help most", "among all training clips"),
+                    tuple(rows),
+                    f"{len(scores.queries)} queries, {len(scores.ids)} training clips; none has a query's pair of shape and"
+                    " colour. Intervals take each pair for itself, and so are somewhat narrow.",
+                ),
+            ),
+            commands(done, "attribution."),
+        )
