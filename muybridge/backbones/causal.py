@@ -3,7 +3,8 @@
 A causal student sees, from a frame of some block, the frames of that block and of the blocks before it. diffusers' network is
 used as it is: a hook on its rotary embedding hands every attention layer a plan of the call, and a processor follows the plan.
 No mask is built: each block's queries attend once, without a mask, to the keys up to the block's end. That runs on every
-attention kernel, costs half of full attention, and what comes later cannot reach what is earlier, not even by rounding.
+attention kernel, n blocks cost (n + 1)/2n of full attention, and what comes later cannot reach what is earlier, not even by
+rounding.
 """
 
 from __future__ import annotations

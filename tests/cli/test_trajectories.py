@@ -35,11 +35,16 @@ def test_stage_two_goes_from_prompts_to_a_causal_student(
     command: Command, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = ["trajectories", *options, "--prompts=prompts.txt", "--out=paths"]
-    # Two ranks, one after the other, as a launcher tells them; then once more for whatever is missing.
-    for rank in "01":
+    cached = command("cache", *options, "--data=PromptData", "--data.prompts=prompts.txt", "--out=cache")
+    assert cached.code == 0, cached.err
+    # Two ranks, one after the other, as a launcher tells them, the second without a text encoder; then once more for whatever
+    # is missing.
+    without = ["--cache=cache", "--model.student.components=[denoiser]"]
+    for rank, more in (("0", []), ("1", without)):
         for name, value in {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}.items():
             monkeypatch.setenv(name, value)
-        assert command(*write).code == 0
+        result = command(*write, *more)
+        assert result.code == 0, result.err
     shards = sorted(Path("paths").glob("*.safetensors"))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name)
@@ -53,6 +58,10 @@ def test_stage_two_goes_from_prompts_to_a_causal_student(
         "0002-a-red-car",
         "0003-waves-at-night",
     ]
+
+    assert command(*write[:-1], "--out=alone").code == 0
+    for name in Trajectories("paths").ids:
+        assert torch.equal(Trajectories("paths").read(name).latents, Trajectories("alone").read(name).latents)
 
     def fit(folder: str, steps: int, *more: str) -> Path:
         result = command(
