@@ -35,10 +35,11 @@ def test_it_holds_the_packages_typed_and_the_configs(wheel: Path) -> None:
         assert (wheel / package / "py.typed").is_file()
         ours = {p.relative_to(ROOT) for p in (ROOT / package).rglob("*.py")}
         assert ours == {p.relative_to(wheel) for p in (wheel / package).rglob("*.py")}
-    for name in ("reader.safetensors", "reader.json"):
-        assert (wheel / "muybridge/proving_ground" / name).read_bytes() == (
-            ROOT / "muybridge/proving_ground" / name
-        ).read_bytes()
+    # Weights that ship, their cards, and all else that is no source.
+    data = [p for p in (ROOT / "muybridge").rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")]
+    assert ROOT / "muybridge/proving_ground/reader.safetensors" in data
+    for file in data:
+        assert (wheel / file.relative_to(ROOT)).read_bytes() == file.read_bytes(), file
     shipped = {p.relative_to(wheel / "muybridge") for p in (wheel / "muybridge/configs").rglob("*.yaml")}
     assert shipped == {p.relative_to(ROOT) for p in (ROOT / "configs").rglob("*.yaml")}
 
