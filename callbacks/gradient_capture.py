@@ -42,8 +42,8 @@ class GradientCapture(pl.Callback):
     r"""Store ``P ∇_θ L(θ; clip, t, ε)`` of each clip, unnormalised, for ``muybridge select``.
 
     Training clips of the data are the candidates, its validation clips the queries. ``muybridge attribute`` makes one pass
-    without training; with ``at`` or ``every`` it is also made during ``fit``, after these updates (TracIn). Adapters, precision and
-    sharding are those of the job; dropout is off. All clips of a shape see the same noise (``noise_seed``), at the same times.
+    without training; with ``at`` or ``every`` it is also made during ``fit``, after these updates (TracIn). Adapters, precision
+    and sharding are those of the job; dropout is off. All clips of a shape see the same noise (``noise_seed``) and times.
 
     A pass that was stopped goes on where it was, with any number of ranks.
 
@@ -262,6 +262,41 @@ class GradientCapture(pl.Callback):
         else:
             yield from ([row] for row in rows)
 
+    def sizes(self, trainer: pl.Trainer, backbone: Backbone) -> dict[str, int]:
+        """Numbers in each parameter that is attributed to."""
+        return self._make_engine(trainer, backbone).sizes
+
+    def collect(
+        self, trainer: pl.Trainer, module: Any, datamodule: Any, t: float, count: int, projection: Projection
+    ) -> Tensor:
+        """The vectors of the first training clips at one time, (clips, dim), without a store; in one process.
+
+        Args:
+            trainer: Gives precision and device.
+            module: The job, set up.
+            datamodule: Has the clips.
+            t: The time.
+            count: How many clips.
+            projection: In the place of the callback's own.
+        """
+        backbone: Backbone = module.sampled
+        engine = ParameterEngine(backbone.networks, self.parameters)
+        projection.prepare(engine.sizes)
+        found: list[Tensor] = []
+        for batch in datamodule.in_order("train"):
+            moved = trainer.strategy.batch_to_device(batch, module.device)
+            with torch.no_grad():
+                clean, text = module.clean_latents(moved, backbone), module.text(moved, backbone)
+            noise = shared_noise(tuple(clean.shape[1:]), self.noise_seed).to(clean)
+            for row in range(len(batch)):
+                if len(found) < count and (batch.present is None or bool(batch.present[row])):
+                    weights = moved.weights[[row]] if moved.weights is not None else None
+                    clip = _Clip(clean[[row]], text[[row]], weights)
+                    found.append(self.vectors(trainer, backbone, engine, clip, noise, t, projection).cpu())
+            if len(found) >= count:
+                break
+        return torch.cat(found)
+
     def _check(
         self, trainer: pl.Trainer, backbone: Backbone, clip: _Clip, noise: Tensor, t: float, vectors: Tensor
     ) -> None:
@@ -281,11 +316,18 @@ class GradientCapture(pl.Callback):
                 )
 
     def vectors(
-        self, trainer: pl.Trainer, backbone: Backbone, engine: PerSample, clip: _Clip, noise: Tensor, t: float
+        self,
+        trainer: pl.Trainer,
+        backbone: Backbone,
+        engine: PerSample,
+        clip: _Clip,
+        noise: Tensor,
+        t: float,
+        projection: Optional[Projection] = None,
     ) -> Tensor:
         """The projected gradients of some clips at one time, (B, dim)."""
-        count = len(clip.clean)
-        out = self.projection.zeros(count, clip.clean.device)
+        count, map = len(clip.clean), projection if projection is not None else self.projection
+        out = map.zeros(count, clip.clean.device)
 
         def losses() -> Tensor:
             with trainer.precision_plugin.forward_context():
@@ -300,5 +342,5 @@ class GradientCapture(pl.Callback):
                 )
                 return self.loss(step)
 
-        engine.run(losses, lambda name, gradient, start: self.projection.add(out, name, gradient, start), count)
+        engine.run(losses, lambda name, gradient, start: map.add(out, name, gradient, start), count)
         return out

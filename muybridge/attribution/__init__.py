@@ -1,5 +1,7 @@
 """Which training clips a motion comes from: gradients per clip, projected, stored, compared, selected."""
 
+from muybridge.attribution.checks import fidelity, rank_correlation
+from muybridge.attribution.influence import Scores, influence, sweep
 from muybridge.attribution.per_sample import (
     BatchedEngine,
     ParameterEngine,
@@ -15,17 +17,30 @@ from muybridge.attribution.projection import (
     Projection,
     SRHTProjection,
 )
+from muybridge.attribution.report import write_report
+from muybridge.attribution.selecting import rank, select
+from muybridge.attribution.store import InfluenceStore, StoreWriter
 
 __all__ = [
     "BatchedEngine",
     "CountSketchProjection",
     "DenseProjection",
     "FastfoodProjection",
+    "InfluenceStore",
     "NoProjection",
     "ParameterEngine",
     "PerSample",
     "Projection",
     "SRHTProjection",
+    "Scores",
     "ShardedEngine",
+    "StoreWriter",
+    "fidelity",
+    "influence",
     "per_sample_gradients",
+    "rank",
+    "rank_correlation",
+    "select",
+    "sweep",
+    "write_report",
 ]

@@ -146,7 +146,8 @@ def similarity(clips: Iterable[tuple[str, np.ndarray]], queries: Iterable[np.nda
         centred = x.astype(np.float64).ravel() - x.mean()
         return centred / max(float(np.linalg.norm(centred)), 1e-30)
 
-    total, count = 0.0, 0
+    total: Any = 0.0
+    count = 0
     for query in queries:
         total, count = total + flat(query), count + 1
     asked = total / max(count, 1)

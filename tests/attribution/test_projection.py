@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from muybridge.attribution.checks import fidelity, rank_correlation
 from muybridge.attribution.projection import (
     CountSketchProjection,
     DenseProjection,
@@ -142,3 +144,23 @@ def test_bad_settings_are_refused() -> None:
         CountSketchProjection(0)
     with pytest.raises(UsageError, match="power of two"):
         FastfoodProjection(512, block=1000)
+
+
+def test_the_table_of_fidelity_follows_the_law_and_more_numbers_keep_more() -> None:
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(6, 30000, generator=generator)
+    mixed = torch.randn(24, 6, generator=generator) @ common + torch.randn(24, 30000, generator=generator)
+    rows = fidelity({"a": mixed[:, :10000], "b": mixed[:, 10000:]}, CountSketchProjection, (128, 512, 2048))
+    assert [r.dim for r in rows] == [128, 512, 2048]
+    assert all(r.error == pytest.approx(r.theory, rel=0.35) for r in rows)
+    assert rows[0].correlation < rows[1].correlation < rows[2].correlation
+    assert rows[2].correlation > 0.99
+    with pytest.raises(UsageError, match="gradient of zero"):
+        fidelity({"a": torch.zeros(4, 10)}, CountSketchProjection, (8,))
+
+
+def test_rank_correlation() -> None:
+    x = np.array([3.0, 1.0, 2.0, 2.0])
+    assert rank_correlation(x, x**3) == pytest.approx(1.0)
+    assert rank_correlation(x, -x) == pytest.approx(-1.0)
+    assert rank_correlation(x, np.array([1.0, 1.0, 0.0, 2.0])) == pytest.approx(0.0, abs=1e-12)

@@ -98,6 +98,13 @@ def test_from_clips_to_a_selection(config: str, command: Command, tmp_path: Path
     kernel = command("select", "--store=store", "--top=1", "--query=clip-001", "--score=kernel", "--out=k.parquet")
     assert kernel.code == 0, kernel.err
     assert read_selection(tmp_path / "k.parquet").ids == ["clip-001"]
+    checked = command(
+        "attribution-check", "-c", config, *data, "--clips=5", "--dims=[64,1024]", "--times=2", "--out=check.md"
+    )
+    assert checked.code == 0, checked.err
+    table = (tmp_path / "check.md").read_text()
+    assert len([line for line in table.splitlines() if line.startswith("| countsketch")]) == 2
+    assert "rank correlation" in table.splitlines()[-1]
     trained = command(
         "fit", "-c", config, "--data.selection=selection.parquet", "--data.repeats=3", "--trainer.callbacks=[]"
     )

@@ -47,9 +47,10 @@ def test_every_shipped_config_parses_as_its_header_says(name: str, command: Comm
 
 @pytest.mark.parametrize("name", shipped_configs())
 def test_what_a_config_prints_is_a_config(name: str, command: Command, tmp_path: Path):
-    first = command(*next(c for c in header_commands(name) if any(name in w for w in c)), "--print_config").out
+    arguments = next(c for c in header_commands(name) if any(name in w for w in c))
+    first = command(*arguments, "--print_config").out
     (tmp_path / "printed.yaml").write_text(first)
-    assert command("fit", "-c", "printed.yaml", "--print_config").out == first
+    assert command(arguments[0], "-c", "printed.yaml", "--print_config").out == first
 
 
 @pytest.fixture
@@ -102,15 +103,38 @@ def test_a_list_is_replaced_and_plus_appends(tiny_wan: Callable[..., dict], tmp_
     assert names("--trainer.callbacks+=EMA") == ["ModelCheckpoint", "Samples", "EMA"]
 
 
-def test_the_environment_sets_what_files_and_options_leave_open(
-    tiny_wan: Callable[..., dict], monkeypatch: pytest.MonkeyPatch
+def test_the_environment_wins_over_files_and_options_over_both(
+    tiny_wan: Callable[..., dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("MUYBRIDGE_FIT__TRAINER__MIN_STEPS", "9")
-    monkeypatch.setenv("MUYBRIDGE_FIT__TRAINER__MAX_STEPS", "9")
-    config = tiny_wan()
-    assert config["trainer"]["min_steps"] == 9
-    assert config["trainer"]["max_steps"] == 20, "the file says so"
+    monkeypatch.setenv("MUYBRIDGE_FIT__TRAINER__MAX_STEPS", "10")
+    monkeypatch.setenv("MUYBRIDGE_FIT__MODEL__INIT_ARGS__CAPTION_DROPOUT", "0.25")
+    monkeypatch.setenv("MUYBRIDGE_PREDICT__TRAINER__MIN_STEPS", "5")
+    monkeypatch.setenv("MUYBRIDGE_ROOT", "somebody's own")
+    (tmp_path / "a.yaml").write_text("trainer: {max_steps: 7}\n")
+    config = tiny_wan("-c", "a.yaml")
+    assert (config["trainer"]["min_steps"], config["trainer"]["max_steps"]) == (9, 10)
+    assert config["model"]["init_args"]["caption_dropout"] == 0.25
     assert tiny_wan("--trainer.min_steps=3")["trainer"]["min_steps"] == 3
+    # Options win over files wherever they stand.
+    assert tiny_wan("--trainer.max_steps=4", "-c", "a.yaml")["trainer"]["max_steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("variable", "said"),
+    [
+        ("MUYBRIDGE_FIT__TRAINER__MAX_STPES", "did you mean MUYBRIDGE_FIT__TRAINER__MAX_STEPS?"),
+        ("MUYBRIDGE_FTI__TRAINER__MAX_STEPS", "there is no such verb"),
+        ("MUYBRIDGE_FIT__MODEL__INIT_ARGS__CAPTION_DROPUOT", "did you mean --model.caption_dropout?"),
+        ("MUYBRIDGE_DEBG", "did you mean MUYBRIDGE_DEBUG?"),
+    ],
+)
+def test_a_misspelt_variable_is_named(variable: str, said: str, command: Command, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(variable, "1")
+    result = command("fit", "-c", "tiny/wan.yaml", "--print_config")
+    assert result.code == 2
+    assert variable in result.message
+    assert said in result.message
 
 
 def test_the_environment_names_a_config(command: Command, monkeypatch: pytest.MonkeyPatch):
