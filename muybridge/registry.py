@@ -65,6 +65,9 @@ CALLBACKS: dict[str, str] = {
 
 ESTIMATORS: dict[str, str] = {
     "DIS": "muybridge.motion.estimators",
+    "RAFT": "muybridge.motion.networks",
+    "CoTracker": "muybridge.motion.networks",
+    "AllTracker": "muybridge.motion.networks",
 }
 """Class name of every motion estimator and the module it lives in."""
 
