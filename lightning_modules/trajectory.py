@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from lightning_modules.base import Sampling
-from lightning_modules.finetuning import Finetuning, present_sum
+from lightning_modules.base import Sampling, present_sum
+from lightning_modules.finetuning import Finetuning
 from lightning_modules.optimization import LearningRate
 from muybridge.backbones.adapters import LoRA
 from muybridge.backbones.base import Backbone
@@ -104,7 +104,7 @@ class TrajectoryDistillation(Finetuning):
         super().check()
         for backbone in {id(b): b for b in (self.backbone, self.teacher)}.values():
             backbone.check_clip(*self.size)
-        times = kept_times(self.teacher, self.path, self.steps)
+        kept_times(self.teacher, self.path, self.steps)  # refuses steps that are not on the path
         data = getattr(self._trainer, "datamodule", None)
         made: Optional[dict[str, Any]] = getattr(data, "made", None)
         if made is None:
@@ -128,7 +128,6 @@ class TrajectoryDistillation(Finetuning):
                 "one size",
                 f"change model.sampling, or {todo}",
             )
-        del times
 
     # -- one step --------------------------------------------------------------------------------------------------
 
