@@ -13,6 +13,9 @@ from pathlib import Path
 from muybridge.cli.progress import duration
 from muybridge.errors import UsageError
 
+THOUGHT = 20.0
+"""Seconds."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -101,8 +104,8 @@ def run_parts(
     begun, worked = clock(), 0.0
     for number, part in enumerate(left, len(parts) - len(left) + 1):
         spent = clock() - begun
-        # What was thought holds until a part of it can be checked.
-        pace = spent / worked if worked else 1.0
+        # What was thought counts for as much as so many seconds of work, or one short part would upset it.
+        pace = (spent + THOUGHT) / (worked + THOUGHT)
         say(f"\n[part {number} of {len(parts)}, about {duration((expected - worked) * pace)} left] {part.what}")
         say(f"  {part.command}")
         before = clock()

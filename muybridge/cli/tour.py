@@ -32,13 +32,17 @@ class Customization:
         motion: One that is not in the model's world.
         updates: Of training.
         tau: Time from which on the adapter acts.
+        rank: Of the adapter, which sits on all four projections: a motion that was never seen needs more than a known one.
+        learning_rate: Of AdamW.
         count: New subjects to show it on.
     """
 
     setting: Setting
     motion: str = "roll"
-    updates: int = 200
-    tau: float = 500.0
+    updates: int = 300
+    tau: float = 300.0
+    rank: int = 8
+    learning_rate: float = 5e-3
     count: int = 12
 
     @property
@@ -99,6 +103,9 @@ class Customization:
             f"--out={self.root / 'result'}",
             f"--tau={self.tau:g}",
             f"--updates={self.updates}",
+            f"--rank={self.rank}",
+            '--projections=["q", "k", "v", "o"]',
+            f"--learning_rate={self.learning_rate:g}",
             f"--frames={s.world.frames}",
             f"--height={s.world.size}",
             f"--width={s.world.size}",
