@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -11,18 +10,15 @@ from typing import Any, Literal, Optional
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_modules.base import DiffusionModule, Sampling, present_sum
-from lightning_modules.finetuning import MAX_SKIPPED, unique_names
+from lightning_modules.base import Sampling, present_sum
+from lightning_modules.finetuning import unique_names
+from lightning_modules.memory import check_memory
 from lightning_modules.optimization import LearningRate
-from lightning_modules.parallel import FullyShard
+from lightning_modules.two_optimizers import TwoOptimizers
 from muybridge.backbones.adapters import LoRA, adapter_parameters, check_lora, disabled, inject, only, switch_to
 from muybridge.backbones.base import Backbone
-from muybridge.backbones.sharding import local, reshard
 from muybridge.batch import Batch
 from muybridge.data.trajectories import TrajectoryBatch
 from muybridge.diffusion.conditioning import Conditioning
@@ -77,7 +73,7 @@ class Draw:
     generators: list[torch.Generator]
 
 
-class Distillation(DiffusionModule):
+class Distillation(TwoOptimizers):
     r"""Distil a teacher of many steps into a student of a few (DMD2, and motion score matching with it).
 
     In a student turn the student makes clips, and the losses pull them along the difference of two scores: the teacher's, with
@@ -151,7 +147,6 @@ class Distillation(DiffusionModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.automatic_optimization = False
         if not losses:
             raise UsageError("losses is empty", "at least one loss, such as DistributionMatching")
         weights = list(loss_weights) if loss_weights is not None else [1.0] * len(losses)
@@ -197,7 +192,7 @@ class Distillation(DiffusionModule):
         self.update_ratio, self.reuse_sample = update_ratio, reuse_sample
         self.optimizers_of = {"student": student_optimizer, "critic": critic_optimizer}
         self.learning_rate_of = {"student": student_learning_rate, "critic": critic_learning_rate}
-        self.clip_of = {"student": student_clip, "critic": critic_clip}
+        self.clip_of |= {"student": student_clip, "critic": critic_clip}
         self.student_accumulate, self.critic_accumulate = student_accumulate, critic_accumulate
         self.clips = clips
         self.sampling = Sampling(
@@ -211,9 +206,7 @@ class Distillation(DiffusionModule):
             seed=clips.seed,
         )
         self.seed = seed
-        self.iterations = 0
         self._micro = 0
-        self._skipped_in_a_row = {"student": 0, "critic": 0}
 
     # -- setting up ------------------------------------------------------------------------------------------------
 
@@ -612,80 +605,6 @@ class Distillation(DiffusionModule):
         self.back(loss / self.critic_accumulate)
         self._log_critic(value.detach(), verdict, t, batch.present)
 
-    # -- optimisation ----------------------------------------------------------------------------------------------
-
-    def back(self, loss: Tensor) -> None:
-        """A backward pass; ranks exchange gradients before an update, not here.
-
-        DDP's own exchange expects every backward pass to reach all trained parameters, and a turn reaches those of one role.
-        FSDP2 sums the gradients of what it sharded as they come.
-        """
-        strategy = self.trainer.strategy
-        alone = strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
-        with alone:
-            self.manual_backward(loss)
-
-    def update(self, role: str) -> bool:
-        """Exchange, measure, clip, step; a gradient that is not finite skips the step, on all ranks together."""
-        index = 0 if role == "student" else 1
-        wrapped: Any = self.optimizers()
-        optimizer = wrapped[index].optimizer
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self._exchange([p.grad for p in parameters if not hasattr(p.grad, "full_tensor")])
-        norm = total_norm([p.grad for p in parameters])
-        finite = torch.isfinite(norm).float().reshape(1)
-        finite = self.trainer.strategy.reduce(finite, reduce_op="min")
-        self.log(f"{role}/grad_norm", norm.float())
-        self.log(f"{role}/lr", optimizer.param_groups[0]["lr"])
-        fine = bool(finite.item())
-        if fine:
-            self._skipped_in_a_row[role] = 0
-            limit = self.clip_of[role]
-            if limit is not None and float(norm) > limit:
-                for parameter in parameters:
-                    local(parameter.grad).mul_(limit / float(norm))
-        else:
-            self._skip(role, parameters)
-        if role == "critic":
-            # Only this one is counted by Lightning, so that its step is an iteration.
-            wrapped[index].step()
-        else:
-            self.trainer.strategy.optimizer_step(optimizer, lambda: None, model=self)
-        if fine:
-            schedulers: Any = self.lr_schedulers()
-            schedulers[index].step()
-        optimizer.zero_grad(set_to_none=True)
-        # Forwards without gradients leave the outermost weights gathered, and the next one would find them as they were.
-        reshard(self.student if role == "student" else self.critic)
-        return fine
-
-    def _skip(self, role: str, parameters: list[nn.Parameter]) -> None:
-        self._skipped_in_a_row[role] += 1
-        if self._skipped_in_a_row[role] >= MAX_SKIPPED:
-            raise UsageError(
-                f"the {role}'s gradient was not finite in {MAX_SKIPPED} updates in a row, the last in iteration"
-                f" {self.iterations}",
-                "a run that has not diverged",
-                f"go on from an earlier checkpoint with a smaller learning rate, or a smaller {role}_clip",
-            )
-        rank_zero_warn(f"iteration {self.iterations}: the {role}'s gradient is not finite, its step is skipped")
-        for parameter in parameters:
-            parameter.grad = None
-
-    def _exchange(self, gradients: list[Any], chunk: int = 2**25) -> None:
-        """The mean over ranks, in place, in pieces of so many elements."""
-        if self.trainer.world_size == 1:
-            return
-        waiting: list[Tensor] = []
-        for place, gradient in enumerate(gradients):
-            waiting.append(gradient)
-            if sum(g.numel() for g in waiting) >= chunk or place == len(gradients) - 1:
-                flat = torch.cat([g.flatten() for g in waiting])
-                flat = self.trainer.strategy.reduce(flat, reduce_op="mean")
-                for one, part in zip(waiting, flat.split([g.numel() for g in waiting]), strict=True):
-                    one.copy_(part.view_as(one))
-                waiting = []
-
     # -- what is logged --------------------------------------------------------------------------------------------
 
     def _sum_up(self, values: Tensor) -> Tensor:
@@ -772,74 +691,3 @@ def motion_energy(latents: Tensor) -> Tensor:
     if latents.shape[2] < 2:
         return latents.new_zeros(len(latents))
     return (latents[:, :, 1:] - latents[:, :, :-1]).float().square().flatten(1).mean(1)
-
-
-@torch.no_grad()
-def total_norm(gradients: list[Any]) -> Tensor:
-    """The norm of all gradients together, whole ones and parts of sharded ones alike."""
-    if not gradients:
-        return torch.zeros(())
-    sharded = [g for g in gradients if hasattr(g, "full_tensor")]
-    whole = [g for g in gradients if not hasattr(g, "full_tensor")]
-    norms = []
-    if sharded:
-        norm: Any = torch.nn.utils.get_total_norm(sharded)
-        norms.append(norm.full_tensor())
-    if whole:
-        norms.append(torch.nn.utils.get_total_norm(whole))
-    return torch.stack(norms).norm()
-
-
-# -- memory ------------------------------------------------------------------------------------------------------------
-
-
-def memory_of(device: torch.device) -> Optional[int]:
-    """Bytes of a device's memory; ``None`` where there is no telling."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    if device.type == "cpu" and {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(os.sysconf_names):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return None
-
-
-def memory_needed(job: Distillation, training: bool = True) -> dict[str, int]:
-    """Bytes of weights, gradients and Adam's moments by role, on all ranks together; activations come on top.
-
-    Args:
-        job: Its weights need not be loaded.
-        training: Count gradients and moments too.
-    """
-    count = {
-        id(b): sum(p.numel() for name in b._present_networks() for p in b.skeleton(name).parameters())
-        for b in {id(b): b for b in job.roles().values()}.values()
-    }
-    needed = {"teacher": count[id(job.teacher)] * job.teacher.dtype.itemsize}
-    for role, own in (("student", job.own_student), ("critic", job.own_critic)):
-        if own is not None:
-            averaged = own.dtype.itemsize if role == "student" and job.average_requested else 0
-            needed[role] = count[id(own)] * ((4 if training else 1) * own.dtype.itemsize + averaged)
-    return needed
-
-
-def check_memory(job: Distillation) -> None:
-    """Refuse a job whose weights and optimizers alone are more than the device holds, before any is loaded."""
-    strategy = job.trainer.strategy
-    sharded = isinstance(strategy, FullyShard)
-    if sharded and strategy.cpu_offload:  # type: ignore[attr-defined]
-        return
-    ranks = job.trainer.world_size // strategy.replicate if sharded else 1  # type: ignore[attr-defined]
-    held = memory_of(strategy.root_device)
-    training = job.trainer.state.fn == TrainerFn.FITTING
-    needed = memory_needed(job, training)
-    total = sum(needed.values()) / ranks
-    if held is None or total <= held:
-        return
-    parts = ", ".join(f"{role} {size / ranks / 2**30:.1f}" for role, size in needed.items())
-    what = "weights, gradients and Adam" if training else "weights"
-    raise UsageError(
-        f"this job needs {total / 2**30:.1f} GiB on every device for {what} alone ({parts}), and"
-        f" {strategy.root_device} has {held / 2**30:.1f}",
-        "less than the device holds, with room for activations",
-        "set student_lora and critic_lora (one copy of the weights), shard over more devices (strategy: FullyShard),"
-        " set the teacher's dtype to bfloat16, or cpu_offload of FullyShard",
-    )

@@ -14,8 +14,7 @@ from support.jobs import LatentClips, trainer
 from torch import Tensor
 
 from callbacks.ema import EMA
-from lightning_modules import Clips, Distillation
-from lightning_modules import distillation as module
+from lightning_modules import Clips, Distillation, memory, two_optimizers
 from muybridge.backbones import Causal
 from muybridge.backbones.adapters import LoRA
 from muybridge.batch import Batch
@@ -353,7 +352,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_the_critic_goes_on(tiny_checkp
 
 
 def test_a_diverged_run_ends(tiny_checkpoint: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "MAX_SKIPPED", 2)
+    monkeypatch.setattr(two_optimizers, "MAX_SKIPPED", 2)
     job = distillation(tiny_checkpoint("wan"), losses=[Poison(*range(9))], update_ratio=1)
     with pytest.warns(UserWarning, match="is skipped"), pytest.raises(UsageError, match="not finite in 2 updates"):
         fit(job, tmp_path, 4)
@@ -495,8 +494,8 @@ def test_too_little_memory_is_refused_before_weights_load(
     base = opened(tiny_checkpoint("wan")).materialize()
     size = sum(p.nbytes for p in base.parameters())
     job = distillation(tiny_checkpoint("wan"))
-    assert sum(module.memory_needed(job).values()) == 9 * size
-    monkeypatch.setattr(module, "memory_of", lambda device: 8 * size)
+    assert sum(memory.memory_needed(job).values()) == 9 * size
+    monkeypatch.setattr(memory, "memory_of", lambda device: 8 * size)
     with pytest.raises(UsageError, match="student_lora and critic_lora"):
         fit(job, tmp_path, 1)
     assert not job.teacher.networks
