@@ -43,7 +43,7 @@ def teacher_world() -> World:
     return World(**{name: given[name] for name in World.__dataclass_fields__ if name in given})
 
 
-def sample(backbone: Any, scenes: list[Scene], steps: int, guidance: float, batch: int = 36) -> list[Frames]:
+def sample(backbone: Any, scenes: list[Scene], seed: int, steps: int, guidance: float, batch: int = 36) -> list[Frames]:
     """Clips for the captions of scenes."""
     frames: list[Frames] = []
     world_frames, size = scenes[0].frames, scenes[0].size
@@ -51,7 +51,7 @@ def sample(backbone: Any, scenes: list[Scene], steps: int, guidance: float, batc
     with Progress("sampled", len(scenes), every=10.0) as progress:
         for start in range(0, len(scenes), batch):
             some = scenes[start : start + batch]
-            noise = torch.stack([keyed_noise(shape, SEED, "teacher", scene.name) for scene in some])
+            noise = torch.stack([keyed_noise(shape, seed, "teacher", scene.name) for scene in some])
             with torch.no_grad():
                 latents = backbone.sample(
                     noise, backbone.encode_text([scene.caption for scene in some]), steps=steps, guidance=guidance
@@ -172,6 +172,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=504)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--seed", type=int, default=SEED, help="of captions and noise: guidance was chosen with others")
     parser.add_argument("--out", type=Path, default=RESULTS / "teacher.json")
     parser.add_argument("--sheet", type=Path, help="write a picture of some samples too")
     parser.add_argument(
@@ -184,18 +185,20 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     world, backbone = teacher_world(), load(args.model)
-    scenes = [draw_scene(world, SEED, index, held_out=True) for index in range(args.prompts)]
+    scenes = [draw_scene(world, args.seed, index, held_out=True) for index in range(args.prompts)]
     captions = [scene.caption for scene in scenes]
     clips = [render(scene) for scene in scenes]
     started = time.process_time()
-    samples = sample(backbone, scenes, args.steps, args.guidance)
+    samples = sample(backbone, scenes, args.seed, args.steps, args.guidance)
     seconds = (time.process_time() - started) / len(scenes)
     rows = {
         "real": read_clips(clips, captions),
         "real, through its autoencoder": read_clips(rebuilt(backbone, clips), captions),
         f"sampled, {args.steps} steps, guidance {args.guidance:g}": read_clips(samples, captions),
     }
-    other = read_clips([render(draw_scene(world, SEED + 1, i, held_out=True)) for i in range(args.prompts)], captions)
+    other = read_clips(
+        [render(draw_scene(world, args.seed + 1, i, held_out=True)) for i in range(args.prompts)], captions
+    )
     table = [
         f"| {args.prompts} held-out captions | {' | '.join(FIGURES)} | distance |",
         "|---" * (len(FIGURES) + 2) + "|",
