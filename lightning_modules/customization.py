@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, Optional
 
@@ -20,12 +21,18 @@ from muybridge.batch import Batch
 from muybridge.customization.inverted import Inverted, read_inverted
 from muybridge.customization.references import spoken
 from muybridge.customization.tau import Tau
+from muybridge.data.buckets import Bucket
+from muybridge.data.clips import Clip
+from muybridge.data.reading import Reading, survey
 from muybridge.diffusion.conditioning import Conditioning
 from muybridge.diffusion.inversion import mix_noise
 from muybridge.diffusion.timesteps import TimestepSampler, Uniform
 from muybridge.errors import UsageError
 from muybridge.losses import Loss
 from muybridge.proving_ground.captions import split_caption
+
+MANY = 64
+"""So many references are looked into before a run; more are a data set, whose bad files are counted as they come."""
 
 
 class MotionCustomization(Finetuning):
@@ -126,11 +133,13 @@ class MotionCustomization(Finetuning):
 
     def check_text(self) -> None:
         super().check_text()
-        if self.captions == "split":
-            data = getattr(self._trainer, "datamodule", None)
-            for clips in getattr(data, "_sets", {}).values():
-                for clip in getattr(clips, "clips", ()):
+        data = getattr(self._trainer, "datamodule", None)
+        for clips in getattr(data, "_sets", {}).values():
+            for clip in getattr(clips, "clips", ()):
+                if self.captions == "split":
                     check_caption(clip.id, clip.caption)
+            if len(getattr(clips, "clips", ())) <= MANY and hasattr(clips, "reading"):
+                check_files(clips.clips, list(clips.buckets), clips.reading)
 
     def clean_latents(self, batch: Batch, backbone: Backbone) -> Tensor:
         """The references' latents, encoded once."""
@@ -174,6 +183,24 @@ def check_caption(name: str, caption: Optional[str]) -> None:
             "a subject and a motion with a bar between, such as 'a man | runs to the left'",
             "write it so, that prompts can keep the motion and change the subject, or set captions to free",
         ) from error
+
+
+def check_files(clips: Sequence[Clip], buckets: list[Bucket], reading: Reading) -> None:
+    """Refuse references that can't be used, such as one that is shorter than the model's clip; looks at packets alone.
+
+    Args:
+        clips: The references.
+        buckets: Sizes of clips.
+        reading: How clips are made of videos.
+    """
+    for clip in clips:
+        problem = next((c.problem for c in survey(clip, buckets, reading).clips if c.problem), None)
+        if problem is not None:
+            raise UsageError(
+                f"the reference {clip.path} can't be used: {problem}",
+                f"a video that fills a clip of {buckets[0]} (frames x height x width)",
+                "give a longer clip, set fewer data.frames, or a higher data.fps",
+            )
 
 
 class LatentMemory:

@@ -198,6 +198,15 @@ def test_captions_without_a_subject_are_refused_before_weights_load(
     trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(free, video(clips, "moves right"))
 
 
+def test_a_reference_that_is_too_short_is_refused_before_weights_load(
+    clips: Path, tiny_checkpoint: Tiny, tmp_path: Path
+) -> None:
+    job = customization(tiny_checkpoint("wan"), captions="split")
+    with pytest.raises(UsageError, match="longer clip"):
+        trainer(tmp_path, max_steps=1).fit(job, video(clips, "a disc | moves right", frames=13))
+    assert not job.backbone.networks
+
+
 # -- starting noise ----------------------------------------------------------------------------------------------------
 
 
