@@ -6,10 +6,13 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 
 from muybridge.backbones import load
 from muybridge.cli.front import main
@@ -20,7 +23,8 @@ ROOT = Path(__file__).parent.parent
 
 def blocks(page: str, language: str = "") -> list[str]:
     """The fenced blocks of a page in one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.S | re.M)
+    found = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.S | re.M)
+    return [text for kind, text in found if kind == language]
 
 
 def commands(page: str) -> list[list[str]]:
@@ -128,3 +132,33 @@ def test_a_datamodule_of_the_users_own_works_as_its_page_says(
         encoding="utf-8",
     )
     assert main(["fit", "-c", "job.yaml", "-c", "data.yaml", "--trainer.default_root_dir", str(tmp_path / "run")]) == 0
+
+
+def test_what_finetuning_exports_is_opened_by_diffusers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands and the code of the page, with fewer updates."""
+    monkeypatch.chdir(tmp_path)
+    lines = [c for c in commands("docs/finetuning.md") if is_tiny(c)]
+    assert [c[0] for c in lines] == ["tiny", "fit", "export", "fit", "export"]
+    for line in lines:
+        short = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=1"]
+        assert main([*line, *(short if line[0] == "fit" else [])]) == 0, line
+    (example,) = [block for block in blocks("docs/finetuning.md", "python") if "load_lora_weights" in block]
+    names: dict[str, Any] = {}
+    exec(example, names)
+    base = DiffusionPipeline.from_pretrained("runs/tiny/wan")
+    made = {"whole": names["whole"], "adapted": names["adapted"]}
+    made["base"] = base("a disc moves right", generator=torch.Generator().manual_seed(0), **names["size"]).frames
+    for name, video in made.items():
+        assert video.shape == (1, 9, 3, 32, 32), name
+    assert not torch.equal(made["whole"], made["base"])
+    assert not torch.equal(made["adapted"], made["base"])
+    # What diffusers opened is what was trained.
+    trained = load("runs/tiny/pipeline").networks["transformer"].state_dict()
+    assert not torch.equal(trained["proj_out.weight"], base.transformer.state_dict()["proj_out.weight"])
+    adapter = load_file("runs/tiny/adapter/adapter.safetensors")
+    inside = {n: p for n, p in names["pipe"].transformer.named_parameters() if "lora_B" in n}
+    assert len(inside) == sum("lora_B" in name for name in adapter) > 0
+    for name, value in inside.items():
+        plain = f"transformer.{name.replace('.default_0', '')}"
+        assert torch.equal(value, adapter[plain]), name
+    assert any(value.abs().sum() > 0 for value in inside.values())

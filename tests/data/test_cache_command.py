@@ -418,7 +418,7 @@ def test_the_page_about_caches_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for command in commands:
         short = ["--trainer.max_steps=4"] if " fit " in command else []
         assert main([*shlex.split(command)[1:], *short]) == 0, command
-    names: dict[str, Any] = {"torch": torch}
+    names: dict[str, Any] = {}
     for kind, text in blocks:
         if kind == "python":
             exec(text, names)
