@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import shlex
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,10 +36,11 @@ class Scoreboard:
     Args:
         settings: One a seed.
         methods: A line each.
+        command: What made it, as typed into a shell.
     """
 
-    def __init__(self, settings: Sequence[Setting], methods: Sequence[Method]) -> None:
-        self.settings, self.methods = list(settings), list(methods)
+    def __init__(self, settings: Sequence[Setting], methods: Sequence[Method], command: str) -> None:
+        self.settings, self.methods, self.command = list(settings), list(methods), command
         self._floors: dict[int, float] = {}
 
     def compared(self) -> list[Compared]:
@@ -70,9 +70,9 @@ class Scoreboard:
 
         one = self.settings[0]
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-        command = ["muybridge", "bench-motion", f"--model={one.model}", f"--seeds={len(self.settings)}"]
         return {
-            "command": shlex.join([*command, f"--updates={one.updates}", f"--clips={one.clips}"]),
+            "command": self.command,
+            "model": one.model,
             "muybridge": muybridge.__version__,
             "torch": torch.__version__,
             "device": gpu or platform.processor() or platform.machine(),

@@ -89,6 +89,8 @@ def test_the_scoreboard_takes_up_where_it_was(command: Command, tmp_path: Path, 
     assert result.code == 0, result.err
     assert "4 of 12 parts are in board already" in result.out
     data = json.loads((tmp_path / "board/results.json").read_text(encoding="utf-8"))
+    said = shlex.split(data["about"]["command"])
+    assert command(*said[1:], "--out=board").code == 0, "which is all done"
     assert [entry["name"] for entry in data["methods"]] == ["real", "teacher-4", "mine"]
     for entry in data["methods"]:
         assert set(entry["seeds"]) == {"0", "1"}
@@ -110,7 +112,7 @@ def test_mean_and_spread():
 
 def test_the_board_says_what_is_not_there_yet(tmp_path: Path):
     settings = [Setting(tmp_path / f"seed-{s}", "x", SMALL, CLIPS, 0.2, 1, f"seed-{s}/", s) for s in range(2)]
-    markdown, _ = Scoreboard(settings, pick(["real", "dmd"])).write(tmp_path)
+    markdown, _ = Scoreboard(settings, pick(["real", "dmd"]), "muybridge x").write(tmp_path)
     assert f"| DMD, 4 steps |{' – |' * (len(FIGURES) + 1)} 0 |" in markdown.read_text(encoding="utf-8")
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Optional
 
@@ -51,7 +54,10 @@ def bench_motion(
     root = Path(out)
     agree(root, {"model": model, "updates": updates, "clips": clips})
     settings = [Setting(root / f"seed-{s}", model, SMALL, clips, 0.2, updates, f"seed-{s}/", s) for s in range(seeds)]
-    board = Scoreboard(settings, methods)
+    command = ["bench-motion", f"--model={model}", f"--seeds={seeds}", f"--updates={updates}", f"--clips={clips}"]
+    command += [f"--only={json.dumps(only)}"] if only is not None else []
+    command += [f"--more={json.dumps([asdict(method) for method in more])}"] if more else []
+    board = Scoreboard(settings, methods, shlex.join(["muybridge", *command]))
     parts = [part for s in settings for part in (s.draw(), *(p for method in methods for p in s.parts(method)))]
 
     def after(part: Part) -> None:
