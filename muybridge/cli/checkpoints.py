@@ -20,16 +20,29 @@ def is_checkpoint(path: Path) -> bool:
     return path.is_file() and path.suffix == ".ckpt"
 
 
-def folders(trainer: Any) -> list[Path]:
-    """Where this configuration's checkpoints lie: the ``dirpath`` of each ModelCheckpoint, else all below the run's folder."""
+def run_of(config: Path) -> Optional[Path]:
+    """The folder of the run that wrote this config file, where a run did."""
+    if config.name != "config.yaml":
+        return None
+    with open(config, encoding="utf-8") as file:
+        return config.resolve().parent if file.readline().startswith("# muybridge ") else None
+
+
+def folders(trainer: Any, run: Optional[Path] = None) -> list[Path]:
+    """Where checkpoints lie: the ``dirpath`` of each ModelCheckpoint, else all below the folder of the run, or of all runs."""
     named = [Path(c.dirpath) for c in trainer.checkpoint_callbacks if getattr(c, "dirpath", None)]
-    return named or [Path(trainer.default_root_dir)]
+    return named or [run if run is not None else Path(trainer.default_root_dir)]
 
 
 def written(places: Sequence[Path]) -> list[Path]:
     """All checkpoints in or below some folders, oldest first."""
     found = {p for place in places if place.is_dir() for p in place.rglob("*.ckpt") if is_checkpoint(p)}
-    return sorted(found, key=lambda p: (p.stat().st_mtime_ns, str(p)))
+    return sorted(found, key=age)
+
+
+def age(path: Path) -> tuple[int, str]:
+    """To sort by: the newest last."""
+    return path.stat().st_mtime_ns, str(path)
 
 
 @contextmanager
@@ -59,7 +72,7 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def resolve(given: Optional[str], trainer: Any, resuming: bool = False) -> Optional[str]:
+def resolve(given: Optional[str], trainer: Any, resuming: bool = False, run: Optional[Path] = None) -> Optional[str]:
     """The checkpoint that was asked for.
 
     Lightning looks for ``last`` only where this very run would write, knows ``best`` only within the process that trained,
@@ -70,13 +83,18 @@ def resolve(given: Optional[str], trainer: Any, resuming: bool = False) -> Optio
         trainer: Whose callbacks say where checkpoints lie.
         resuming: In ``fit``, ``last`` before the first checkpoint means the beginning, so that one command line both starts
             a run and continues it.
+        run: Folder of the one run that is meant, where its own ``config.yaml`` was given.
     """
     if given is None:
         return None
     if given not in ("last", "best"):
         return _existing(given)
-    places = folders(trainer)
+    places = folders(trainer, run)
     found = written(places)
+    if resuming and run is not None:
+        # What callbacks.Preemption leaves lies beside the runs, since every attempt is a run of its own.
+        left = [p for p in Path(trainer.default_root_dir).glob("preempted-*.ckpt") if is_checkpoint(p)]
+        found = sorted({*found, *left}, key=age)
     if not found:
         where = ", ".join(map(str, places))
         if given == "last" and resuming:

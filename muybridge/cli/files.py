@@ -79,6 +79,10 @@ class Config:
                     return f"{self.path}, line {found.start_mark.line + 1}"
         return ""
 
+    def words(self) -> set[str]:
+        """All plain values: a class may stand in a list without the word ``class_path``."""
+        return set(_scalars(self.root))
+
     def class_names(self) -> set[str]:
         """All ``class_path`` values without a dot."""
         return {
@@ -118,6 +122,17 @@ def _words(node: Any) -> Iterator[Any]:
                 yield value
 
 
+def _scalars(node: Any) -> Iterator[str]:
+    if isinstance(node, yaml.ScalarNode):
+        yield str(node.value)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _scalars(item)
+    elif isinstance(node, yaml.MappingNode):
+        for _, value in node.value:
+            yield from _scalars(value)
+
+
 def _pairs(node: Any) -> Iterator[tuple[Any, Any]]:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
@@ -126,6 +141,31 @@ def _pairs(node: Any) -> Iterator[tuple[Any, Any]]:
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
             yield from _pairs(item)
+
+
+def refuse_unreadable(paths: Iterable[Path], words: Iterable[str]) -> None:
+    """Stop at a Python file next to some files, or in the current directory, that is named and can't be parsed.
+
+    Args:
+        paths: The files.
+        words: What may name it: ``module.Class``, or a class that it defines.
+    """
+    wanted = set(words)
+    named = {word.split(".")[0] for word in wanted if "." in word}
+    for folder in dict.fromkeys([*(path.parent.resolve() for path in paths), Path.cwd()]):
+        for file in sorted(folder.glob("*.py")):
+            text = file.read_text(encoding="utf-8", errors="replace")
+            try:
+                ast.parse(text)
+            except SyntaxError as error:
+                if file.stem in named or wanted.intersection(re.findall(r"^class\s+(\w+)", text, re.MULTILINE)):
+                    raise syntax_error(error, str(file)) from error
+
+
+def syntax_error(error: SyntaxError, file: str) -> UsageError:
+    """Where a Python file can't be parsed, and why."""
+    here = f"\n  here:     {error.text.strip()}" if error.text and error.text.strip() else ""
+    return UsageError(f"{file}, line {error.lineno}: {error.msg}{here}", "valid Python", "python FILE shows the same")
 
 
 def classes_beside(paths: Iterable[Path]) -> Iterator[tuple[Path, list[str]]]:

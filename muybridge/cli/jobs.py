@@ -24,7 +24,8 @@ from callbacks.interruption import Interruption
 from lightning_modules.checkpoints import WholeFiles
 from muybridge import registry
 from muybridge.cli import checkpoints, places
-from muybridge.cli.files import Config, classes_beside
+from muybridge.cli.environment import from_environment, with_environment
+from muybridge.cli.files import Config, classes_beside, refuse_unreadable, syntax_error
 from muybridge.cli.front import INTERRUPTED, rank
 from muybridge.cli.parser import ShortErrors, causes, usage_error
 from muybridge.cli.tools import verb_function
@@ -144,8 +145,19 @@ class CLI(LightningCLI):
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; without Lightning's warning about arguments given by a caller."""
-        self.config = parser.parse_args(args)
+        """Parse: files, then the environment, then options; without Lightning's warning about arguments given by a caller."""
+        verb, *arguments = args
+        actions = self._parser(verb)._actions
+        classes = [a.dest for a in actions if getattr(a, "_typehint", None) is not None]
+        told = from_environment(verb, [a.dest for a in actions], classes, os.environ)
+        try:
+            self.config = parser.parse_args([verb, *with_environment(arguments, list(told.values()))])
+        except UsageError as error:
+            # It names the option, and what is to be mended is the variable.
+            named = [name for name, argument in told.items() if spoken(argument) in error.given]
+            if not named:
+                raise
+            raise UsageError(f"{error.given} (set by {', '.join(named)})", error.expected, error.todo) from error
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would let hyperparameters stored in a checkpoint win over the config and the command line."""
@@ -199,7 +211,9 @@ class CLI(LightningCLI):
             check()
         chosen = self.config_init[self.verb]
         if chosen.get("ckpt_path") is not None:
-            found = checkpoints.resolve(chosen["ckpt_path"], self.trainer, resuming=self.verb == "fit")
+            runs = [checkpoints.run_of(config.path) for config in self.configs]
+            run = next((run for run in reversed(runs) if run is not None), None)
+            found = checkpoints.resolve(chosen["ckpt_path"], self.trainer, resuming=self.verb == "fit", run=run)
             if found is not None and self.is_loop:
                 checkpoints.refuse_folder(found, self.trainer)
             chosen["ckpt_path"] = found
@@ -257,8 +271,18 @@ def run_job(verb: str, arguments: list[str]) -> int:
     places.append_to_path([*(f.parent for f in files), Path.cwd()])
     configs = [Config(f) for f in files]
     import_known()
-    import_named(configs, arguments)
-    CLI(verb, arguments, configs)
+    try:
+        import_named(configs, arguments)
+        CLI(verb, arguments, configs)
+    except SyntaxError as error:
+        # Of a file that one of the user's files imports; in ours, or in a library, it is a bug.
+        ours = [places.home() / name for name in ("muybridge", *places.ROOMS)]
+        file = Path(error.filename or ".").resolve()
+        if "site-packages" in file.parts or any(
+            file.is_relative_to(folder) for folder in (*ours, Path(os.__file__).parent)
+        ):
+            raise
+        raise syntax_error(error, str(error.filename)) from error
     return 0
 
 
@@ -269,8 +293,10 @@ def resolve_configs(verb: str, arguments: list[str]) -> tuple[list[str], list[Pa
     if os.environ.get(variable):
         files.append(places.find_config(os.environ[variable]).resolve())
         os.environ[variable] = str(files[0])
-    waiting = iter(arguments)
+    waiting, previous = iter(arguments), ""
     for argument in waiting:
+        refuse_lone_file(verb, argument, previous)
+        previous = argument
         match = re.fullmatch(r"(?:(?:-c|--config)|-c=?(.+)|--config=(.+))", argument, re.DOTALL)
         if not match or (argument.startswith("--") and not argument.startswith("--config")):
             result.append(argument)
@@ -284,6 +310,19 @@ def resolve_configs(verb: str, arguments: list[str]) -> tuple[list[str], list[Pa
         files.append(file)
         result.append(f"--config={file}")
     return result, files
+
+
+def spoken(argument: str) -> str:
+    """The name of an option as errors say it."""
+    return argument.removeprefix("--").partition("=")[0].replace(".init_args", "")
+
+
+def refuse_lone_file(verb: str, argument: str, previous: str) -> None:
+    """Say that ``-c`` was forgotten: a YAML file that is not the value of the option before it."""
+    takes_value = previous.startswith("--") and "=" not in previous and not previous.startswith("--print_config")
+    if argument.startswith("-") or Path(argument).suffix not in (".yaml", ".yml") or takes_value:
+        return
+    raise UsageError(f"{argument} stands without -c", "-c before every config file", f"muybridge {verb} -c {argument}")
 
 
 def import_known() -> None:
@@ -301,6 +340,9 @@ def import_named(configs: Sequence[Config], arguments: Sequence[str]) -> None:
     wanted = {name for config in configs for name in config.class_names()}
     wanted |= {m.group(1) for a in arguments if (m := re.fullmatch(r"(?:--[\w.+-]+=)?([A-Za-z_]\w*)", a))}
     wanted -= {name for table in registry.CLASSES for name in table}
-    for file, defined in classes_beside(config.path for config in configs):
+    files = [config.path for config in configs]
+    values = {argument.partition("=")[2] or argument for argument in arguments}
+    refuse_unreadable(files, values.union(*(config.words() for config in configs)))
+    for file, defined in classes_beside(files):
         if wanted.intersection(defined):
             importlib.import_module(file.stem)

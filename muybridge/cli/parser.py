@@ -13,7 +13,7 @@ from typing import Any, NoReturn, Optional
 import jsonargparse
 
 from muybridge import registry
-from muybridge.cli.files import Config, classes_beside
+from muybridge.cli.files import Config, classes_beside, syntax_error
 from muybridge.cli.messages import explain
 from muybridge.cli.places import ROOMS
 from muybridge.errors import UsageError
@@ -35,6 +35,10 @@ class ShortErrors(jsonargparse.ArgumentParser):
         said = usage_error(ex)
         if said is not None:
             raise said from ex
+        broken = next((e for e in causes(ex) if isinstance(e, SyntaxError)), None)
+        if broken is not None:
+            # Of a user's file, or of one that it imports.
+            raise syntax_error(broken, str(broken.filename)) from ex
         parser = getattr(ex, "subcommand_parser", None) or self
         raise explain(str(message), Program(parser, self.configs)) from ex
 

@@ -116,8 +116,6 @@ def test_the_environment_wins_over_files_and_options_over_both(
     assert (config["trainer"]["min_steps"], config["trainer"]["max_steps"]) == (9, 10)
     assert config["model"]["init_args"]["caption_dropout"] == 0.25
     assert tiny_wan("--trainer.min_steps=3")["trainer"]["min_steps"] == 3
-    # Options win over files wherever they stand.
-    assert tiny_wan("--trainer.max_steps=4", "-c", "a.yaml")["trainer"]["max_steps"] == 4
 
 
 @pytest.mark.parametrize(

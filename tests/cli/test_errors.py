@@ -222,6 +222,37 @@ def test_verbs_without_a_model_speak_alike(command: Command, arguments: list[str
     assert "usage:" not in result.err
 
 
+def test_a_forgotten_c_is_said(command: Command, loads: list[Backbone]):
+    result = command("fit", "tiny/wan.yaml", "--trainer.max_steps=1")
+    assert result.code == 2
+    assert result.message.splitlines() == [
+        "error: tiny/wan.yaml stands without -c",
+        "  expected: -c before every config file",
+        "  to do:    muybridge fit -c tiny/wan.yaml",
+    ]
+    # A value of an option is not one.
+    assert "without -c" not in command("fit", "--data.videos", "list.yaml").message
+    assert not loads
+
+
+@pytest.mark.parametrize("named", ["Mine", "my_broken.Mine", "my_imports.Other"])
+def test_a_syntax_error_in_the_users_file_is_named_with_its_line(
+    named: str, command: Command, tmp_path: Path, loads: list[Backbone]
+):
+    (tmp_path / "my_broken.py").write_text(
+        "from muybridge.losses import Loss\n\nclass Mine(Loss):\n    def forward(self:\n"
+    )
+    (tmp_path / "my_imports.py").write_text(
+        "from muybridge.losses import Loss\nimport my_broken\n\nclass Other(Loss):\n    pass\n"
+    )
+    (tmp_path / "broken.yaml").write_text(LOSSES % named)
+    result = command("fit", "-c", "tiny/wan.yaml", "-c", "broken.yaml")
+    assert result.code == 2
+    assert f"{tmp_path / 'my_broken.py'}, line 4: " in result.message
+    assert "here:     def forward(self:" in result.message
+    assert not loads
+
+
 def test_debug_keeps_the_traceback(command: Command, monkeypatch: pytest.MonkeyPatch):
     from muybridge.errors import UsageError
 

@@ -78,6 +78,24 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(command: Command, 
     assert same(weights(whole), weights(second))
 
 
+def test_the_config_of_a_run_means_that_run(command: Command, tiny_options: Options, tmp_path: Path):
+    options = [*tiny_options("wan"), *SHORT, "--trainer.max_steps=2"]
+    for _ in range(2):
+        assert command("fit", *options).code == 0
+    first, second = ((tmp_path / "run/lightning_logs" / f"version_{n}") for n in range(2))
+    assert f"ckpt_path last: {second}" in command("validate", *options, "--ckpt_path=last").out
+    for which in ("last", "best"):
+        result = command("validate", "-c", str(first / "config.yaml"), f"--ckpt_path={which}")
+        assert result.code == 0
+        assert f"ckpt_path {which}: {first}" in result.out
+    # What a cluster made this run leave is newer, and lies beside the runs.
+    left = tmp_path / "run" / "preempted-00000002.ckpt"
+    left.write_bytes((first / "checkpoints/last.ckpt").read_bytes())
+    trainer = pl.Trainer(default_root_dir=tmp_path / "run", accelerator="cpu", logger=False)
+    assert resolve("last", trainer, resuming=True, run=first) == str(left)
+    assert resolve("last", trainer, run=first) == str(first / "checkpoints/last.ckpt")
+
+
 def test_last_in_fit_means_the_beginning_where_there_is_none(command: Command, tiny_options: Options):
     result = command("fit", *tiny_options("wan"), *SHORT, "--trainer.max_steps=1", "--ckpt_path=last")
     assert result.code == 0
