@@ -292,15 +292,17 @@ class CountSketchProjection(_Blocks):
         super().__init__(dim, seed, block=dim)
 
     def random(self, bits: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
-        return _signs(bits, 62), offsets % self.dim
+        offsets = offsets % self.dim
+        buckets = (torch.arange(self.dim, device=bits.device) + offsets[:, None]) % self.dim
+        return _signs(bits, 62), buckets, offsets
 
     def fold(self, out: Tensor, x: Tensor, random: tuple[Tensor, ...]) -> None:
-        signs, offsets = random
-        if out.device.type != "cpu":
-            place = (torch.arange(self.dim, device=out.device) - offsets[:, None]) % self.dim
-            out += (x * signs).gather(2, place.expand(len(x), -1, -1)).sum(1)
+        signs, buckets, offsets = random
+        if out.device.type != "cpu" or out.numel() < 2**13:
+            for row, values in zip(out, x, strict=True):
+                row.scatter_add_(0, buckets.flatten(), (values * signs).flatten())
             return
-        # A stretch at a time: adding to a small vector is as fast as reading the gradient, gathering is not.
+        # A stretch at a time of many rows: no copy of the gradient is made, and nothing is scattered.
         for number, offset in enumerate(offsets.tolist()):
             rest = self.dim - offset
             out[:, offset:].addcmul_(x[:, number, :rest], signs[number, :rest])
