@@ -187,7 +187,7 @@ class Setting:
                     f"{self.label}{method.name}.fit",
                     f"{method.title}: {self.updates} updates",
                     arguments,
-                    8.0 + 1.0 * self.updates,
+                    8.0 + 1.2 * self.updates,
                 )
             )
         judged = ["judge", f"--videos={self.folder / 'validation.parquet'}"]

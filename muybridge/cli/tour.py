@@ -129,7 +129,7 @@ class Customization:
             )
             for way, title in WAYS.items()
         ]
-        weight = 10.0 + 0.05 * self.updates + 4.0 * len(self.wanted)
+        weight = 10.0 + 0.1 * self.updates + 5.0 * len(self.wanted)
         return [
             Part(
                 "customization.clip",
@@ -231,7 +231,7 @@ class Attribution:
                 "attribution.cache",
                 "attribution: clips encoded, with weights where they move",
                 ("cache", *common, f"--out={self.root / 'cache'}", "--motion=DIS"),
-                5.0 + 0.03 * s.clips,
+                5.0 + 0.14 * s.clips,
             ),
             Part(
                 "attribution.gradients",

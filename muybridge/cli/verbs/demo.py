@@ -10,14 +10,14 @@ SHOWN = ("real", "teacher-50", "teacher-4", "undistilled", "dmd", "msm-shared-1"
 VALIDATION = 0.2
 
 
-def demo(*, out: str = "runs/demo", updates: int = 100, clips: int = 240, model: str = "proving-ground") -> None:
+def demo(*, out: str = "runs/demo", updates: int = 80, clips: int = 240, model: str = "proving-ground") -> None:
     """Sample the model that ships, distil it to four steps, customize it from one clip, attribute motions; judge it all, show it.
 
     Each part is a verb with its options, which are printed, and can be run alone. What is done is not done again.
 
     Args:
         out: Where everything goes; a folder that this command began is continued.
-        updates: Iterations of each distillation; the customization has three times as many, up to 300.
+        updates: Iterations of each distillation; the customization has four times as many, up to 300.
         clips: How many clips are drawn; a fifth of them give the captions that are sampled and judged.
         model: The pipeline that is sampled and distilled: one that ships, or a directory.
     """
@@ -37,7 +37,7 @@ def demo(*, out: str = "runs/demo", updates: int = 100, clips: int = 240, model:
     agree(root, {"updates": updates, "clips": clips, "model": model})
     setting = Setting(root, model, SMALL, clips, VALIDATION, updates)
     methods = pick(SHOWN)
-    customization = Customization(setting, updates=min(300, 3 * updates), count=max(2, setting.judged // 4))
+    customization = Customization(setting, updates=min(300, 4 * updates), count=max(2, setting.judged // 6))
     attribution = Attribution(setting)
     customization.write_prompts()
     parts = [setting.draw(), *(part for method in methods for part in setting.parts(method))]
