@@ -143,7 +143,7 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     covariance = correlated(FRAMES, CORRELATION)
     rows = []
-    for how, optimizer, iterations in (("SGD 0.1", plain(0.1), 300), ("Adam 5e-3", adam(5e-3), 300)):
+    for how, optimizer, iterations in (("SGD 0.2", plain(0.2), 150), ("Adam 5e-3", adam(5e-3), 150)):
         for name, weight, normalizer in (
             ("DMD", 0.0, "shared"),
             ("DMD + 1 MSM", 1.0, "shared"),
