@@ -51,6 +51,10 @@ class Switches(AbstractContextManager[None]):
         for layer, (active, disabled) in zip(self._layers, state, strict=True):
             layer._active_adapter, layer._disable_adapters = active, disabled
 
+    def layers(self, name: Optional[str] = None) -> list[Any]:
+        """The layers that carry adapters (those that carry ``name``)."""
+        return [layer for layer in self._layers if name is None or name in layer.lora_A]
+
     def restore(self) -> None:
         """Put the switches back to what they were when this was made."""
         self._write(self._state)
@@ -69,7 +73,8 @@ class Switches(AbstractContextManager[None]):
 def switch_off(module: nn.Module, name: Optional[str] = None) -> Switches:
     """Switch off the adapter ``name``, or all; returns how they were switched before."""
     before = Switches(module)
-    for layer in adapter_layers(module, name).values():
+    # The layers are looked up once: a gate does this in every step of a sampler.
+    for layer in before.layers(name):
         left = [a for a in layer.active_adapters if name is not None and a != name]
         if left:
             layer._active_adapter = left
