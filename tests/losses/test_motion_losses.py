@@ -269,7 +269,7 @@ def gradients(backbone: Backbone, loss: Loss) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in adapter_parameters(backbone).items() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", ["wan", "cogvideox", "unet3d", "latte"])
+@pytest.mark.parametrize("name", ["wan", "cogvideox", "unet3d"])
 def test_switching_before_backward_is_right_under_checkpointing(name: str, tiny_checkpoint: Tiny) -> None:
     """The trap: adapters are on again when blocks of the frozen pass are recomputed."""
     loss = MotionFeatureMatching()
@@ -282,7 +282,7 @@ def test_switching_before_backward_is_right_under_checkpointing(name: str, tiny_
         torch.testing.assert_close(recomputed[key], gradient, atol=1e-4 * scale, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["wan", "unet3d", "mochi"])
+@pytest.mark.parametrize("name", ["wan", "unet3d"])
 def test_no_second_copy_is_as_a_second_copy(name: str, tiny_checkpoint: Tiny) -> None:
     """The same loss from a second, untouched model that runs to its end."""
     backbone, copy = adapted(tiny_checkpoint(name)), open_tiny(tiny_checkpoint(name))
