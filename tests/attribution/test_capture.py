@@ -117,8 +117,8 @@ def test_vectors_are_projections_of_autograds_gradients(reference: Path, tiny_ch
 
 @pytest.mark.parametrize(
     ("data", "options"),
-    [({"batch_size": 4}, {}), ({"batch_size": 4}, {"engine": "batched"}), ({}, {"engine": "sharded"})],
-    ids=["batches", "batched", "sharded engine"],
+    [({"batch_size": 4}, {"engine": "batched"}), ({"batch_size": 2}, {"engine": "sharded"})],
+    ids=["batched", "sharded"],
 )
 def test_batches_change_nothing(
     data: Any, options: Any, reference: Path, tiny_checkpoint: Tiny, tmp_path: Path
@@ -208,7 +208,7 @@ def test_a_clip_sends_no_more_than_a_training_step(tiny_checkpoint: Tiny) -> Non
 @pytest.mark.parametrize(
     ("kind", "options", "sends"),
     [
-        ("ddp", {}, False),
+        ("ddp", {"data": {"batch_size": 2}}, False),
         ("file", {}, False),
         ("file", {"engine": "sharded"}, True),
     ],
@@ -217,24 +217,21 @@ def test_a_clip_sends_no_more_than_a_training_step(tiny_checkpoint: Tiny) -> Non
 def test_two_ranks_give_the_vectors_of_one(
     kind: str, options: Any, sends: bool, reference: Path, tiny_checkpoint: Tiny, tmp_path: Path
 ) -> None:
+    begun = kind == "file" and not sends
+    if begun:
+        # A pass that was stopped in one process goes on in two.
+        go(str(tiny_checkpoint("wan")), str(tmp_path / "s"), data={"count": 2})
+        before = {p.name: p.read_bytes() for p in InfluenceStore(tmp_path / "s").files}
     counts = run_ranks(on_ranks, str(tiny_checkpoint("wan")), str(tmp_path / "s"), kind, options)
     assert all((count > 0) is sends for count in counts), "nothing is reduced where every rank keeps its own"
     for part in ("train", "query"):
         same(vectors(tmp_path / "s", part), vectors(reference, part))
+    if begun:
+        assert all((tmp_path / "s" / name).read_bytes() == content for name, content in before.items())
     # The digest of the weights is the same too, however they are sharded.
     assert InfluenceStore(tmp_path / "s").manifest == InfluenceStore(reference).manifest
     files = {p.name[:10] for p in InfluenceStore(tmp_path / "s").files}
     assert files == ({"part-00000"} if sends else {"part-00000", "part-00001"})
-
-
-def test_a_pass_that_was_stopped_goes_on_with_other_ranks(
-    reference: Path, tiny_checkpoint: Tiny, tmp_path: Path
-) -> None:
-    go(str(tiny_checkpoint("wan")), str(tmp_path / "s"), data={"count": 2})
-    before = {p.name for p in InfluenceStore(tmp_path / "s").files}
-    run_ranks(on_ranks, str(tiny_checkpoint("wan")), str(tmp_path / "s"), "file", {})
-    same(vectors(tmp_path / "s"), vectors(reference))
-    assert before < {p.name for p in InfluenceStore(tmp_path / "s").files}
 
 
 def test_another_model_is_refused(reference: Path, tiny_checkpoint: Tiny, tmp_path: Path) -> None:

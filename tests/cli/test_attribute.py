@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from muybridge.data.cache import Cache
 from muybridge.data.selection import read_selection
 from muybridge.toy_clips import write_clips
 
-from .conftest import Command
+from .conftest import ROOT, Command
 
 CONFIG = """
 trainer:
@@ -95,20 +97,6 @@ def test_from_clips_to_a_selection(config: str, command: Command, tmp_path: Path
         done = command("select", "--store=store", "--top=2", f"--by={by}", "--cache=cache", "--out=c.parquet", *more)
         assert done.code == 0, done.err
         assert len(pq.read_table(tmp_path / "c.parquet")) == 2
-    kernel = command("select", "--store=store", "--top=1", "--query=clip-001", "--score=kernel", "--out=k.parquet")
-    assert kernel.code == 0, kernel.err
-    assert read_selection(tmp_path / "k.parquet").ids == ["clip-001"]
-    checked = command(
-        "attribution-check", "-c", config, *data, "--clips=5", "--dims=[64,1024]", "--times=2", "--out=check.md"
-    )
-    assert checked.code == 0, checked.err
-    table = (tmp_path / "check.md").read_text()
-    assert len([line for line in table.splitlines() if line.startswith("| countsketch")]) == 2
-    assert "rank correlation" in table.splitlines()[-1]
-    trained = command(
-        "fit", "-c", config, "--data.selection=selection.parquet", "--data.repeats=3", "--trainer.callbacks=[]"
-    )
-    assert trained.code == 0, trained.err
 
 
 def test_what_can_be_wrong_is_said(config: str, command: Command, tmp_path: Path) -> None:
@@ -118,3 +106,17 @@ def test_what_can_be_wrong_is_said(config: str, command: Command, tmp_path: Path
         in command("attribute", "-c", config, "--data.motion_weights=true").message
     )
     assert "ends in .parquet" in command("select", "--store=nowhere", "--out=x.txt").message
+
+
+def test_the_commands_of_the_page_run(command: Command, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "attribution.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("muybridge ")]
+    verbs = []
+    for line in lines:
+        _, *arguments = shlex.split(line)
+        verbs.append(arguments[0])
+        done = command(*arguments)
+        assert done.code == 0, f"{line}\n{done.err}"
+    assert verbs == ["tiny", "cache", "attribute", "select", "fit", "attribution-check"]
+    assert (tmp_path / "runs/tiny/report.html").is_file()
