@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def proving_ground_reader(*, out: str = "runs/reader", clips: int = 12000, tested: int = 500, seed: int = 0) -> None:
+def proving_ground_reader(*, out: str = "runs/reader", clips: int = 12000, tested: int = 150, seed: int = 0) -> None:
     """Train the reader of motion, shape and colour on drawn clips, test it on looks it has not seen, write weights and card.
 
     With the defaults it makes the reader that ships with the package.
