@@ -61,7 +61,8 @@ class FilledSet(Dataset[Any]):
         there = ~torch.tensor(fills)
         kept: dict[str, Any] = {"present": there if batch.present is None else there & batch.present}
         if getattr(batch, "remarks", None) is not None:
-            remarks = ["" if fill else said for fill, said in zip(fills, batch.remarks, strict=True)]
+            said = list(batch.remarks)  # type: ignore[union-attr]
+            remarks = ["" if fill else remark for fill, remark in zip(fills, said, strict=True)]
             kept["remarks"] = remarks if any(remarks) else None
         return replace(batch, **kept)  # type: ignore[type-var]
 

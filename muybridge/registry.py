@@ -129,7 +129,9 @@ VERBS: dict[str, Verb] = {
     "cache": Verb("encode latents and text embeddings once, for training without VAE and text encoder", "job"),
     "attribute": Verb("project the gradients of training clips and of query clips into a store", "job"),
     "trajectories": Verb("write a teacher's paths from noise to clean, for a student to learn from", "job"),
-    "attribution-check": Verb("compare rankings by projected with those by full gradients, and by one time with many", "job"),
+    "attribution-check": Verb(
+        "compare rankings by projected with those by full gradients, and by one time with many", "job"
+    ),
     "select": Verb(
         "select the clips that a store says are most helpful to some queries, with a page to look at", "tool"
     ),

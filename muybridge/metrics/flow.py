@@ -15,7 +15,7 @@ from muybridge.video import to_frames
 
 
 def dis_flow(pixels: Tensor) -> Tensor:
-    """Flow of each frame to the next by :class:`~muybridge.motion.DIS` on the picture as it is, (B, F-1, 2, H, W) in pixels, x first.
+    """Flow of each frame to the next by :class:`~muybridge.motion.DIS`, (B, F-1, 2, H, W) in pixels, x first.
 
     Args:
         pixels: Clips, (B, 3, F, H, W) in [-1, 1].
