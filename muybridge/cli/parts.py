@@ -6,7 +6,8 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,7 +110,8 @@ def run_parts(
         say(f"\n[part {number} of {len(parts)}, about {duration((expected - worked) * pace)} left] {part.what}")
         say(f"  {part.command}")
         before = clock()
-        code = run(list(part.arguments))
+        with one_thread():
+            code = run(list(part.arguments))
         if code:
             raise UsageError(
                 f"{part.what} failed with exit code {code}",
@@ -122,6 +124,24 @@ def run_parts(
         worked += part.weight
         after(part)
     return {name: done for name, done in found.items() if done is not None}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside it torch works with one thread, unless ``OMP_NUM_THREADS`` says how many.
+
+    The networks here are small: threads that wait for one another cost more than they bring, and on a machine with other work
+    to do they cost twenty times as much.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def read_done(root: Path, part: Part) -> Done | None:

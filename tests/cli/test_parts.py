@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from muybridge.cli.parts import Part, agree, read_done, run_parts
+from muybridge.cli.parts import Part, agree, one_thread, read_done, run_parts
 from muybridge.errors import UsageError
 
 
@@ -81,3 +82,18 @@ def test_a_folder_belongs_to_its_settings(tmp_path: Path):
     (tmp_path / "full/mine").write_text("")
     with pytest.raises(UsageError, match="holds something else"):
         agree(tmp_path / "full", {})
+
+
+def test_small_networks_get_one_thread_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        with one_thread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        with one_thread():
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
