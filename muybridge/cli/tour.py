@@ -110,7 +110,7 @@ class Customization:
             f"--height={s.world.size}",
             f"--width={s.world.size}",
             "--steps=20",
-            "--guidance=3.0",
+            "--guidance=5.0",
             "--keep_bar=true",
             f"--seed={s.seed}",
         ]
