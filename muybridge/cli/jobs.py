@@ -27,6 +27,7 @@ from muybridge.cli import checkpoints, places
 from muybridge.cli.environment import from_environment, with_environment
 from muybridge.cli.files import Config, classes_beside, refuse_unreadable, syntax_error
 from muybridge.cli.front import INTERRUPTED, rank
+from muybridge.cli.leaving import leaving_at_sigterm
 from muybridge.cli.parser import ShortErrors, causes, usage_error
 from muybridge.cli.tools import verb_function
 from muybridge.errors import UsageError
@@ -56,7 +57,10 @@ class Trainer(pl.Trainer):
         return results[0]
 
     def _run_stage(self) -> Any:
-        return super()._run_stage() if self._instead is None else self._instead()
+        if self._instead is None:
+            return super()._run_stage()
+        with leaving_at_sigterm():
+            return self._instead()
 
 
 class Parser(ShortErrors, LightningArgumentParser):

@@ -8,12 +8,12 @@ import multiprocessing.connection
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional
 
+from muybridge.cli.leaving import leaving_at_sigterm
 from muybridge.errors import UsageError
 from muybridge.motion import MotionEstimator, MotionWeights
 
@@ -233,20 +233,6 @@ def read(source: Any, places: list[int], workers: int) -> Iterable[Any]:
     from datamodules.sampling import outlive_notice
 
     return DataLoader(Subset(source, places), batch_size=None, num_workers=workers, worker_init_fn=outlive_notice)
-
-
-@contextmanager
-def leaving_at_sigterm() -> Iterator[None]:
-    """Let a scheduler's SIGTERM end the process as Ctrl-C does: what is encoded is written first."""
-
-    def leave(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _rank(job: Job, rank: int, world: int) -> None:
