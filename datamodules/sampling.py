@@ -6,8 +6,10 @@ global batch of a step is one stretch of that order however many ranks share it.
 
 from __future__ import annotations
 
+import atexit
 import math
 import signal
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Optional
 
@@ -132,6 +134,22 @@ class ResumableSampler(DistributedSampler):
         return self.num_samples
 
 
+_RUNNING: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Iterators over loaders that may have workers."""
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Tell workers that are left at the end of the process to leave.
+
+    A run that is ended inside an epoch still holds its iterator. Python would send its workers one SIGTERM, which they live
+    through (:func:`outlive_notice`), and wait for them for ever.
+    """
+    for iterator in list(_RUNNING):
+        if hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
+
+
 class LateLoader(DataLoader):
     """A data loader that asks its sampler for the order when the first batch is wanted, and not before.
 
@@ -143,7 +161,9 @@ class LateLoader(DataLoader):
         # Seeds of workers come from the epoch, so that the loader takes nothing from the global generator.
         seed, epoch = getattr(self.sampler, "seed", 0), getattr(self.sampler, "following", (0, 0))[0]
         self.generator = keyed_generator(seed, "workers", epoch)
-        yield from super().__iter__()
+        iterator = super().__iter__()
+        _RUNNING.add(iterator)
+        yield from iterator
 
     # Lightning warns that results are unreliable when it resumes inside an epoch, unless the loader has these two. The
     # place is kept by the datamodule instead, because Lightning gives loaders theirs back only if they are made late enough.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +201,23 @@ def test_the_number_of_ranks_may_change_inside_an_epoch(workers: int, tmp_path: 
     assert again == [sorted(left[i : i + 4]) for i in range(0, 20, 4)] + [
         sorted(epochs[1][i : i + 4]) for i in range(0, 24, 4)
     ]
+
+
+# -- leaving ------------------------------------------------------------------------------------------------------------
+
+HOLDS = """
+import sys
+from datamodules.sampling import LateLoader, ResumableSampler, outlive_notice
+
+loader = LateLoader(range(100), sampler=ResumableSampler(100), num_workers=1, worker_init_fn=outlive_notice)
+held = iter(loader)
+next(held)
+sys.exit(7)
+"""
+
+
+def test_a_process_that_still_holds_an_iterator_can_end() -> None:
+    """Python sends a worker that is left at the end one SIGTERM, and waits; our workers live through one."""
+    root = Path(__file__).resolve().parents[2]
+    env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    assert subprocess.run([sys.executable, "-c", HOLDS], env=env, timeout=60).returncode == 7
