@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from typing import Any, Optional
 
 import lightning.pytorch as pl
@@ -17,8 +14,7 @@ from muybridge.backbones.checkpoint import Checkpoint
 from muybridge.batch import Batch
 from muybridge.diffusion.draws import keyed_generator
 from muybridge.errors import UsageError
-from muybridge.export import fresh_directory
-from muybridge.permissions import as_usual
+from muybridge.export import replace_parts
 from muybridge.proving_ground.stills import as_stills
 
 
@@ -196,26 +192,12 @@ class Autoencoder(pl.LightningModule):
 
     def export(self, out: str) -> list[str]:
         """The pipeline with the trained autoencoder, and with the latents' measured mean and spread in its config."""
-        final, partial = fresh_directory(out)
         vae: Any = self.vae
         vae.register_to_config(
             latents_mean=[round(v, 5) for v in self.latents_mean.tolist()],
             latents_std=[round(v, 5) for v in self.latents_std.tolist()],
         )
-        others = [name for name in self.checkpoint.components if name != "vae"]
-        source = self.checkpoint.fetch(*others)
-        partial.mkdir()
-        for name in others:
-            if (source / name).is_dir():
-                shutil.copytree(source / name, partial / name)
-        vae.save_pretrained(partial / "vae", safe_serialization=True)
-        as_usual(partial / "vae")
-        index = json.dumps(self.checkpoint.index, indent=2) + "\n"
-        (partial / "model_index.json").write_text(index, encoding="utf-8")
-        if final.exists():
-            final.rmdir()
-        os.replace(partial, final)
-        return [str(final)]
+        return [str(replace_parts(self.checkpoint, {"vae": vae}, out))]
 
 
 def psnr(error: Tensor) -> Tensor:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from muybridge.backbones.base import Backbone
+from muybridge.backbones.checkpoint import Checkpoint
 from muybridge.backbones.comfy import FAMILIES
 from muybridge.errors import UsageError
 from muybridge.few_step_scheduler import write_scheduler
@@ -47,22 +48,48 @@ def export_pipeline(backbone: Backbone, out: str, steps: Optional[Sequence[float
             "its own export, or merge_adapter first",
             "a pipeline directory holds plain weights",
         )
+
+    def few_steps(partial: Path, index: dict[str, Any]) -> None:
+        if steps is not None:
+            trained = backbone.checkpoint.config("scheduler")
+            index["scheduler"] = write_scheduler(partial / "scheduler", backbone.schedule, trained, steps)
+
+    return replace_parts(backbone.checkpoint, dict(backbone.networks), out, few_steps)
+
+
+def replace_parts(
+    checkpoint: Checkpoint,
+    parts: Mapping[str, Any],
+    out: str,
+    also: Callable[[Path, dict[str, Any]], None] = lambda partial, index: None,
+) -> Path:
+    """A pipeline directory with some parts anew, and everything else as the checkpoint has it.
+
+    Args:
+        checkpoint: Where everything else comes from.
+        parts: Networks by component name.
+        out: A new directory.
+        also: Writes more into the directory, and changes its index, before it gets its name.
+    """
     final, partial = fresh_directory(out)
-    others = [name for name in backbone.checkpoint.components if name not in backbone.networks]
-    source = backbone.checkpoint.fetch(*others)
+    others = [name for name in checkpoint.components if name not in parts]
+    source = checkpoint.fetch(*others)
     partial.mkdir()
-    index = dict(backbone.checkpoint.index)
+    index = dict(checkpoint.index)
     for name in others:
         if (source / name).is_dir():
             shutil.copytree(source / name, partial / name)
-    for name, network in backbone.networks.items():
-        network.save_pretrained(partial / name, safe_serialization=True)  # type: ignore[operator]
+    for name, network in parts.items():
+        network.save_pretrained(partial / name, safe_serialization=True)
         as_usual(partial / name)
         index[name] = ["diffusers", type(network).__name__]
-    if steps is not None:
-        trained = backbone.checkpoint.config("scheduler")
-        index["scheduler"] = write_scheduler(partial / "scheduler", backbone.schedule, trained, steps)
+    also(partial, index)
     (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return settle(partial, final)
+
+
+def settle(partial: Path, final: Path) -> Path:
+    """Give what is written whole its name."""
     if final.exists():
         final.rmdir()
     os.replace(partial, final)
@@ -78,7 +105,4 @@ def export_adapter(backbone: Backbone, out: str) -> list[Path]:
     save_adapter(backbone, str(partial / "adapter.safetensors"), format="diffusers")
     if backbone.family in FAMILIES:
         save_adapter(backbone, str(partial / "adapter_comfyui.safetensors"), format="comfyui")
-    if final.exists():
-        final.rmdir()
-    os.replace(partial, final)
-    return sorted(final.iterdir())
+    return sorted(settle(partial, final).iterdir())

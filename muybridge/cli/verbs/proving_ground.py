@@ -55,17 +55,14 @@ def proving_ground(
         model: Write the untrained pipeline to this directory, and no clips.
     """
     if model is not None:
-        from muybridge.export import fresh_directory
+        from muybridge.export import fresh_directory, settle
         from muybridge.permissions import as_usual
         from muybridge.proving_ground.pipeline import untrained
 
         final, partial = fresh_directory(model)
         untrained(seed).save_pretrained(str(partial), safe_serialization=True)
         as_usual(partial)
-        if final.exists():
-            final.rmdir()
-        partial.rename(final)
-        print(f"untrained pipeline: {final}")
+        print(f"untrained pipeline: {settle(partial, final)}")
         return
     from muybridge.cli.progress import Progress
     from muybridge.proving_ground.files import write_clips
