@@ -24,23 +24,15 @@ import torch
 from muybridge.backbones import load
 from muybridge.cli.progress import Progress
 from muybridge.diffusion.draws import keyed_noise
-from muybridge.proving_ground import Scene, World, draw_scene, render
+from muybridge.proving_ground import Scene, draw_scene, render
 from muybridge.proving_ground.scoring import Scores, read_clips
+from muybridge.proving_ground.small import SMALL
 from muybridge.video import Frames, to_frames, to_pixels
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FIGURES = ("motion", "law", "colour", "shape", "all", "static", "absent", "law_score", "amount", "smoothness")
 SEED = 7
 """Of the captions and of the noise; training clips have seed 0."""
-
-
-def teacher_world() -> World:
-    """The world of ``configs/proving_ground/teacher.yaml``."""
-    import yaml
-
-    config = Path(__file__).resolve().parents[1] / "configs" / "proving_ground" / "teacher.yaml"
-    given: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["init_args"]
-    return World(**{name: given[name] for name in World.__dataclass_fields__ if name in given})
 
 
 def sample(backbone: Any, scenes: list[Scene], seed: int, steps: int, guidance: float, batch: int = 36) -> list[Frames]:
@@ -134,7 +126,7 @@ def card(folder: Path, found: dict[str, Any], table: str, trained: str, points: 
                 total += sum(held.get_tensor(name).numel() for name in held.keys())  # noqa: SIM118 - no mapping
         return total
 
-    world = teacher_world()
+    world = SMALL
     sizes = {"transformer": "denoiser", "vae": "autoencoder", "text_encoder": "text encoder"}
     tags = sorted({tag for _, tag, _ in points})
     steps = sorted({step for step, _, _ in points})
@@ -184,7 +176,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    world, backbone = teacher_world(), load(args.model)
+    world, backbone = SMALL, load(args.model)
     scenes = [draw_scene(world, args.seed, index, held_out=True) for index in range(args.prompts)]
     captions = [scene.caption for scene in scenes]
     clips = [render(scene) for scene in scenes]
