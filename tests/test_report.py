@@ -6,6 +6,7 @@ import base64
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from muybridge.metrics.base import Estimate
 from muybridge.report import (
     Command,
     Grid,
+    Histogram,
     Picture,
+    Portion,
     Report,
     Section,
     Table,
@@ -63,8 +66,11 @@ def parts(tmp_path: Path) -> tuple[Video, Picture]:
 
 def page(video: Video, picture: Picture) -> Report:
     grid = Grid(("one", HOSTILE), ((HOSTILE, (video, None)), ("b", (video, video))), HOSTILE)
-    table = Table((HOSTILE, "share"), ((HOSTILE, Estimate(0.5, 0.25, 0.75, 9)), ("none", HOSTILE)))
-    section = Section(HOSTILE, (HOSTILE,), (grid, table, picture), (Command(f"muybridge judge '{HOSTILE}'", 3.2),))
+    table = Table((HOSTILE, "share"), ((HOSTILE, Estimate(0.5, 0.25, 0.75, 9)), ("none", HOSTILE), ("c", Portion(0.5))))
+    bars = Histogram((-1.0, -0.9, 0.5), HOSTILE, 4)
+    section = Section(
+        HOSTILE, (HOSTILE,), (grid, table, picture, bars), (Command(f"muybridge judge '{HOSTILE}'", 3.2),)
+    )
     return Report(HOSTILE, HOSTILE, (section, Section("empty")))
 
 
@@ -115,6 +121,35 @@ def test_the_same_report_is_the_same_file(parts: tuple[Video, Picture], tmp_path
     assert write_report(tmp_path / "deep/report.html", report).read_text(encoding="utf-8") == render(report)
     assert render(report) == render(page(*parts))
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["report.html"]
+
+
+def test_videos_too_many_for_one_file_are_linked_as_the_page_sees_them(tmp_path: Path):
+    name = 'odd "name" & #1.mp4'
+    linked = Video.linked(tmp_path / "videos" / name, tmp_path / "out/report.html", name)
+    rows = (("a", (linked, Video(label="lost"))),)
+    reader = Strict()
+    reader.feed(render(Report("", "", (Section("", (), (Grid(("one", "two"), rows),)),))))
+    (video,) = [attributes for tag, attributes in reader.tags if tag == "video"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / name).touch()
+    assert (tmp_path / "out" / unquote(str(video["src"]))).is_file()
+    assert "?" not in str(video["src"])
+    assert "#" not in str(video["src"])
+    assert "no video known" in reader.text
+    assert "lost" in reader.text
+
+
+def test_bars_count_the_values_and_those_below_zero_are_marked():
+    reader = Strict()
+    bars = Histogram((-1.0, -0.9, -0.8, 1.0), "", 4)
+    reader.feed(render(Report("", "", (Section("", (), (bars,)),))))
+    found = [a for tag, a in reader.tags if tag == "rect"]
+    heights = [float(str(a["height"])) for a in found]
+    assert [h / max(heights) for h in heights] == pytest.approx([1.0, 0.0, 0.0, 1 / 3], abs=0.01)
+    assert [a.get("class") for a in found] == ["harm", "harm", None, None]
+    with pytest.raises(ValueError, match="histogram of no values"):
+        Histogram(())
 
 
 def test_rows_have_as_many_cells_as_there_are_columns(parts: tuple[Video, Picture]):

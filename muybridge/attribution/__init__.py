@@ -17,7 +17,7 @@ from muybridge.attribution.projection import (
     Projection,
     SRHTProjection,
 )
-from muybridge.attribution.report import write_report
+from muybridge.attribution.report import influence_report
 from muybridge.attribution.selecting import rank, select
 from muybridge.attribution.store import InfluenceStore, StoreWriter
 
@@ -37,10 +37,10 @@ __all__ = [
     "StoreWriter",
     "fidelity",
     "influence",
+    "influence_report",
     "per_sample_gradients",
     "rank",
     "rank_correlation",
     "select",
     "sweep",
-    "write_report",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Optional
 
 import numpy as np
@@ -32,10 +32,18 @@ class Scores:
 
     def of(self, query: str) -> np.ndarray:
         """Scores of all clips for one query."""
+        return self.values[:, self._place(query)]
+
+    def only(self, queries: Sequence[str]) -> Scores:
+        """Scores for some of the queries."""
+        places = sorted({self._place(query) for query in queries})
+        return replace(self, queries=[self.queries[i] for i in places], values=self.values[:, places])
+
+    def _place(self, query: str) -> int:
         if query not in self.queries:
             near = ", ".join(self.queries[:3])
             raise UsageError(f"no query {query!r} in the store", f"one of its {len(self.queries)}, such as {near}")
-        return self.values[:, self.queries.index(query)]
+        return self.queries.index(query)
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

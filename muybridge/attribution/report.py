@@ -1,70 +1,18 @@
-"""A page that shows what was found: each query, the clips that help it most and harm it most, playing, and how scores spread."""
+"""What was found, as a page: each query, the clips that help it most and harm it most, playing, and how scores spread."""
 
 from __future__ import annotations
 
-import html
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
+from typing import Optional
 
 from muybridge.attribution.influence import Scores
-from muybridge.attribution.selecting import overlap, rank
-
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1a1a1a; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-.row { display: flex; flex-wrap: wrap; gap: .6rem; margin: .4rem 0 1rem; }
-figure { margin: 0; width: 11rem; } video { width: 100%; background: #eee; border-radius: 4px; }
-figcaption { font-size: 12px; overflow-wrap: anywhere; } .lost { padding: 2.2rem .5rem; background: #eee; border-radius: 4px; }
-table { border-collapse: collapse; font-size: 12px; } td, th { padding: .25rem .5rem; text-align: right; }
-th { font-weight: normal; text-align: left; } .note { color: #555; }
-"""
+from muybridge.attribution.selecting import Ranked, overlap, rank
+from muybridge.report import Cell, Grid, Histogram, Portion, Report, Section, Table, Video
 
 
-def _figure(name: str, score: float | None, videos: Mapping[str, Path], beside: Path) -> str:
-    path = videos.get(name)
-    said = html.escape(name) + (f"<br>{score:+.4f}" if score is not None else "")
-    if path is None:
-        shown = '<div class="lost">no video known</div>'
-    else:
-        source = html.escape(os.path.relpath(path.absolute(), beside.absolute()).replace(os.sep, "/"))
-        shown = f'<video src="{source}" autoplay loop muted playsinline controls preload="metadata"></video>'
-    return f"<figure>{shown}<figcaption>{said}</figcaption></figure>"
-
-
-def histogram(values: np.ndarray, bins: int = 40, width: int = 480, height: int = 90) -> str:
-    """Scores of one query as a drawing; bars of harmful clips are red."""
-    counts, edges = np.histogram(values, bins)
-    step, top = width / bins, max(int(counts.max()), 1)
-    bars = []
-    for i, count in enumerate(counts):
-        tall = count / top * height
-        colour = "#c0504d" if edges[i + 1] <= 0 else "#4f81bd"
-        bars.append(
-            f'<rect x="{i * step:.1f}" y="{height - tall:.1f}" width="{step - 1:.1f}" height="{tall:.1f}" fill="{colour}"/>'
-        )
-    low, high = (f"{edge:+.3f}" for edge in (edges[0], edges[-1]))
-    ends = (
-        f'<text x="0" y="{height + 14}">{low}</text><text x="{width}" y="{height + 14}" text-anchor="end">{high}</text>'
-    )
-    box = f'viewBox="0 0 {width} {height + 18}" width="{width}" height="{height + 18}" font-size="11"'
-    return f"<svg {box}>{''.join(bars)}{ends}</svg>"
-
-
-def _overlaps(scores: Scores, count: int) -> str:
-    shares = overlap(scores, count)
-    head = "".join(f"<th>{i + 1}</th>" for i in range(len(scores.queries)))
-    rows = []
-    for i, name in enumerate(scores.queries):
-        cells = "".join(f'<td style="background: rgba(79,129,189,{share:.2f})">{share:.0%}</td>' for share in shares[i])
-        rows.append(f"<tr><th>{i + 1} {html.escape(name)}</th>{cells}</tr>")
-    return f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
-
-
-def write_report(
-    path: str | Path,
+def influence_report(
+    page: str | Path,
     scores: Scores,
     chosen: Sequence[str],
     settings: Mapping[str, object],
@@ -72,51 +20,89 @@ def write_report(
     query_videos: Mapping[str, Path],
     shown: int = 8,
     most: int = 50,
-) -> Path:
-    """Write the page, whole or not at all.
+    embed_mib: float = 16.0,
+) -> Report:
+    """The page of some scores and a selection, for :func:`muybridge.report.write_report`.
 
     Args:
-        path: The .html file.
+        page: The .html file it will be.
         scores: Of influence.
         chosen: The selection, best first.
         settings: How it was made.
-        videos: Where the videos of the clips are; the page refers to them.
+        videos: Where the videos of the clips are.
         query_videos: Likewise of the queries, which may have the same names.
         shown: Clips shown at each end.
         most: Queries shown.
+        embed_mib: The page holds its videos where they take at most so many MiB, and refers to the files otherwise.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = "".join(
-        f"<tr><th>{html.escape(str(k))}</th><td>{html.escape(str(v))}</td></tr>" for k, v in settings.items()
-    )
-    parts = [
-        f"<h1>Where is this motion from?</h1><p>{len(chosen)} of {len(scores.ids)} clips selected for "
-        f"{len(scores.queries)} queries.</p><table>{rows}</table>"
+    asked = scores.queries[:most]
+    ranked = {query: rank(scores, query=query) for query in asked}
+    used = [*chosen[:shown]] + [n for r in ranked.values() for n in (*r.ids[:shown], *r.ids[::-1][:shown])]
+    files = [f for f in (*(videos.get(n) for n in used), *(query_videos.get(q) for q in asked)) if f is not None]
+    embedded = sum(f.stat().st_size for f in files if f.is_file()) <= embed_mib * 2**20
+
+    def clip(name: str, score: Optional[float] = None, known: Mapping[str, Path] = videos) -> Video:
+        file, said = known.get(name), name + (f" {score:+.4f}" if score is not None else "")
+        if file is None:
+            return Video(label=said, width=176)
+        return Video.read(file, said, 176) if embedded else Video.linked(file, page, said, 176)
+
+    def ends(ranking: Ranked) -> Grid:
+        scored = list(zip(ranking.ids, ranking.columns["score"], strict=True))
+        rows = [("helps most", scored[:shown]), ("harms most", scored[::-1][:shown])]
+        count = len(rows[0][1])
+        return Grid(
+            tuple(str(i + 1) for i in range(count)),
+            tuple((said, tuple(clip(*one) for one in clips)) for said, clips in rows),
+        )
+
+    def of(query: str) -> Section:
+        column = scores.of(query)
+        harmful = f"{float((column < 0).mean()):.0%} of {len(column)} clips have a negative score."
+        return Section(
+            query,
+            (),
+            (
+                Grid(("",), (("the query", (clip(query, None, query_videos),)),)),
+                Histogram(tuple(float(v) for v in column), harmful),
+                ends(ranked[query]),
+            ),
+        )
+
+    best = tuple(clip(name) for name in chosen[:shown])
+    made = Table(("setting", ""), tuple((str(k), str(v)) for k, v in settings.items()))
+    sections = [
+        Section(
+            "Selected, most wanted first",
+            excluded(scores),
+            (Grid(tuple(str(i + 1) for i in range(len(best))), (("selected", best),)), made),
+        )
     ]
-    if scores.excluded:
-        listed = ", ".join(f"{html.escape(n)} ({why})" for n, why in list(scores.excluded.items())[:20])
-        parts.append(f'<p class="note">{len(scores.excluded)} clips have no score: {listed}</p>')
-    parts.append("<h2>Selected, most wanted first</h2>")
-    parts.append(f'<div class="row">{"".join(_figure(n, None, videos, path.parent) for n in chosen[:shown])}</div>')
     if len(scores.queries) > 1:
-        count = min(len(chosen), len(scores.ids))
-        parts.append(f"<h2>Share of the {count} best clips that queries have in common</h2>{_overlaps(scores, count)}")
-    for query in scores.queries[:most]:
-        column, ranked = scores.of(query), rank(scores, query=query)
-        helpful = list(zip(ranked.ids, ranked.columns["score"], strict=True))
-        best, worst = helpful[:shown], helpful[::-1][:shown]
-        harmful = float((column < 0).mean())
-        parts.append(f"<h2>{html.escape(query)}</h2>")
-        parts.append(f'<div class="row">{_figure(query, None, query_videos, path.parent)}<div>{histogram(column)}')
-        parts.append(f'<p class="note">{harmful:.0%} of clips have a negative score</p></div></div>')
-        for title, clips in (("Most helpful", best), ("Most harmful", worst)):
-            figures = "".join(_figure(name, score, videos, path.parent) for name, score in clips)
-            parts.append(f"<div>{title}</div><div class='row'>{figures}</div>")
-    if len(scores.queries) > most:
-        parts.append(f'<p class="note">{len(scores.queries) - most} more queries are not shown.</p>')
-    text = f'<!doctype html><meta charset="utf-8"><title>Influence</title><style>{STYLE}</style>{"".join(parts)}\n'
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-    return path
+        sections.append(in_common(scores, len(chosen), most))
+    sections += [of(query) for query in asked]
+    left = len(scores.queries) - len(asked)
+    lead = f"{len(chosen)} of {len(scores.ids)} clips selected for {len(scores.queries)} queries."
+    return Report(
+        "Where is this motion from?", lead + (f" {left} queries are not shown." if left else ""), tuple(sections)
+    )
+
+
+def excluded(scores: Scores, most: int = 20) -> tuple[str, ...]:
+    """Which clips have no score, in words."""
+    if not scores.excluded:
+        return ()
+    listed = [f"{name} ({why})" for name, why in scores.excluded.items()]
+    more = f", and {len(listed) - most} more" if len(listed) > most else ""
+    return (f"{len(listed)} clips have no score: {', '.join(listed[:most])}{more}.",)
+
+
+def in_common(scores: Scores, count: int, most: int) -> Section:
+    """How much the best clips of queries are the same ones."""
+    shares = overlap(scores, count)[:most, :most]
+    rows: list[tuple[Cell, ...]] = [
+        (f"{i + 1} {name}", *(Portion(float(share)) for share in shares[i]))
+        for i, name in enumerate(scores.queries[:most])
+    ]
+    columns = ("", *(str(i + 1) for i in range(len(rows))))
+    return Section(f"Share of the {count} best clips that queries have in common", (), (Table(columns, tuple(rows)),))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from muybridge.attribution.influence import Scores
-from muybridge.attribution.report import write_report
+from muybridge.attribution.report import influence_report
 from muybridge.attribution.selecting import how_many, mean_percentile, overlap, rank, select, similarity, votes
 from muybridge.errors import UsageError
+from muybridge.report import render
 
 
 def made(count: int = 50, queries: int = 4, seed: int = 0) -> Scores:
@@ -104,13 +107,37 @@ def test_the_page_shows_both_ends_and_escapes_names(tmp_path: Path) -> None:
     scores = made(20, 2)
     scores = Scores(["<b>odd", *scores.ids[1:]], scores.queries, scores.values, {"still": "zero"})
     videos = {name: tmp_path / "videos" / f"{i}.mp4" for i, name in enumerate(scores.ids)}
+    (tmp_path / "videos").mkdir()
+    for i, file in enumerate(videos.values()):
+        file.write_bytes(b"video %d" % i * 200)
     chosen = select(scores, 5)
-    page = write_report(tmp_path / "out" / "report.html", scores, chosen, {"top": 5}, videos, {}, shown=3).read_text()
-    assert "<b>odd" not in page
+
+    def page(embed_mib: float) -> str:
+        where = tmp_path / "out" / "report.html"
+        return render(influence_report(where, scores, chosen, {"top": 5}, videos, {}, 3, embed_mib=embed_mib))
+
     order = rank(scores, query="query-0")
-    for name in order.ids[:3] + order.ids[-3:]:
-        assert f'src="../videos/{scores.ids.index(name)}.mp4"' in page
-    assert page.count("<svg") == 2
-    assert "still (zero)" in page
-    assert "no video known" in page, "the queries have none"
-    assert not [p for p in (tmp_path / "out").iterdir() if p.name.startswith(".")]
+    # Few videos stand in the page, and many are referred to.
+    for text, said in (
+        (page(1.0), lambda i: f"base64,{base64.b64encode(b'video %d' % i * 200).decode()}"),
+        (page(0.01), lambda i: f'src="../videos/{i}.mp4"'),
+    ):
+        assert "<b>odd" not in text
+        for name in order.ids[:3] + order.ids[-3:]:
+            assert said(scores.ids.index(name)) in text
+        assert text.count("<svg") == 2
+        assert "still (zero)" in text
+        assert "no video known" in text, "the queries have none"
+    assert "base64" not in page(0.01)
+    shares = re.findall(r'class="portion"[^>]*>(\d+)%', page(1.0))
+    assert shares == [f"{100 * share:.0f}" for share in overlap(scores, 5).ravel()]
+
+
+def test_some_queries_alone_vote() -> None:
+    scores = made()
+    some = scores.only(["query-3", "query-1"])
+    assert some.queries == ["query-1", "query-3"]
+    assert np.array_equal(some.values, scores.values[:, [1, 3]])
+    assert rank(some).ids != rank(scores).ids
+    with pytest.raises(UsageError, match="no query 'x'"):
+        scores.only(["query-1", "x"])

@@ -90,6 +90,13 @@ def test_from_clips_to_a_selection(config: str, command: Command, tmp_path: Path
     # The queries are clips 0 and 1 themselves, and nothing helps a clip more than itself.
     assert set(selection.ids) == {"clip-000", "clip-001"}
     page = (tmp_path / "report.html").read_text()
+    assert page.count("data:video/mp4;base64,") == 2 + 2 * (1 + 5 + 5)
+    linked = command(
+        "select", "--store=store", "--query=[clip-001,clip-000]", "--embed_mib=0", "--out=l.parquet", *videos
+    )
+    assert linked.code == 0, linked.err
+    assert read_selection(tmp_path / "l.parquet").meta["query"] == ["clip-001", "clip-000"]
+    page = (tmp_path / "report.html").read_text()
     assert 'src="clips/clip-000.mp4"' in page
     assert 'src="queries/clip-000.mp4"' in page
     controls = [("motion", []), ("similarity", ["--query_cache=cache/validation"])]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, Union
 
 from muybridge.errors import UsageError
 
@@ -14,7 +14,7 @@ def select(
     queries: Optional[str] = None,
     top: str = "10%",
     by: Literal["vote", "mean", "random", "motion", "similarity"] = "vote",
-    query: Optional[str] = None,
+    query: Optional[Union[str, list[str]]] = None,
     percentile: float = 90.0,
     score: Literal["cosine", "dot", "kernel"] = "cosine",
     centre: bool = False,
@@ -27,6 +27,7 @@ def select(
     out: str = "selection.parquet",
     report: Optional[str] = "report.html",
     shown: int = 8,
+    embed_mib: float = 16.0,
     seed: int = 0,
 ) -> None:
     """Select the clips that help some queries most, and write a page with the clips playing.
@@ -36,7 +37,7 @@ def select(
         queries: Another store to take the queries from; the same where not given.
         top: How many clips: a share such as 10%, or a number.
         by: vote (of all queries), mean (score over queries), or a control: random, motion (magnitude), similarity (of pictures).
-        query: Id of one query: select for it alone.
+        query: Id of one query, to take what helps it most; or a list of ids, to have these alone vote.
         percentile: A query votes for the clips above this percentile of its scores.
         score: cosine, dot, or kernel (with the inverse of the damped second moment between the two).
         centre: Take the mean of the training gradients off first.
@@ -49,19 +50,24 @@ def select(
         out: The selection, for data.selection.
         report: The page; none where empty.
         shown: Clips at each end of a query's ranking that the page shows.
+        embed_mib: The page holds its videos where they take at most so many MiB, and refers to the files otherwise.
         seed: Of random.
     """
     from muybridge.attribution.influence import influence
-    from muybridge.attribution.report import write_report
+    from muybridge.attribution.report import influence_report
     from muybridge.attribution.selecting import describe, select
     from muybridge.attribution.store import InfluenceStore
     from muybridge.data.selection import write_selection
+    from muybridge.report import write_report
 
     if Path(out).suffix != ".parquet":
         raise UsageError(f"out is {out}", "a name that ends in .parquet")
     train = InfluenceStore(store)
     asked = InfluenceStore(queries) if queries is not None else None
     scores = influence(train, asked, score, centre, damping)
+    alone = query if isinstance(query, str) else None
+    if query is not None:
+        scores = scores.only([query] if isinstance(query, str) else query)
     values = None
     if by in ("motion", "similarity"):
         values = control(by, scores.ids, scores.queries, cache, query_cache)
@@ -70,22 +76,24 @@ def select(
         Path(store),
         scores,
         top=top,
-        by=by if query is None else None,
+        by=by if alone is None else None,
         query=query,
-        percentile=percentile if by == "vote" and query is None else None,
+        percentile=percentile if by == "vote" and alone is None else None,
         score=score,
         centre=centre or None,
         damping=damping if score == "kernel" else None,
         drop_harmful=drop_harmful or None,
         seed=seed if by == "random" else None,
     )
-    options: dict[str, Any] = dict(how=how, percentile=percentile, query=query, values=values, seed=seed)
+    options: dict[str, Any] = dict(how=how, percentile=percentile, query=alone, values=values, seed=seed)
     chosen = select(scores, top, drop_harmful, **options)
     print(f"{write_selection(out, chosen, meta=settings)}: {len(chosen)} of {len(scores.ids)} clips")
     if scores.excluded:
         print(f"  {len(scores.excluded)} clips without a usable gradient are left out")
     if report:
-        print(write_report(report, scores, chosen, settings, paths(videos), paths(query_videos), shown))
+        known, asked_for = paths(videos), paths(query_videos)
+        page = influence_report(report, scores, chosen, settings, known, asked_for, shown, embed_mib=embed_mib)
+        print(write_report(report, page))
 
 
 def paths(source: Optional[str]) -> dict[str, Path]:
