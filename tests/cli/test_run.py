@@ -227,8 +227,6 @@ def start(options: list[str], cwd: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell that runs the tests in the background has them ignore Ctrl-C, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         # Of its own group, as a shell starts it, so that Ctrl-C reaches its workers and not the tests.
         process_group=0,
     )
