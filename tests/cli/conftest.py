@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,8 +107,39 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[Backbone]:
     return loaded
 
 
+def header_commands(name: str) -> list[list[str]]:
+    """The commands in the comment at the top of a shipped config."""
+    text = (ROOT / "configs" / name).read_text(encoding="utf-8")
+    header = re.match(r"(?:#.*\n)+", text)
+    assert header, "a shipped config begins with a comment that says what it is for"
+    return [shlex.split(m.group(1)) for m in re.finditer(r"^#\s+muybridge (.+)$", header.group(), re.MULTILINE)]
+
+
 def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """A Python of its own that finds the packages as an installed one would: after everything else on the path."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("MUYBRIDGE_")}
     env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def kill_once_saved(root: Path, *arguments: str, cwd: Path) -> None:
+    """Run the command in processes of its own, and end them by SIGKILL as soon as ``last.ckpt`` lies below ``root``."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "muybridge", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list(root.rglob("last.ckpt")):
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL

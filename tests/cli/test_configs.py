@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,20 +15,12 @@ from muybridge.cli.places import find_config, shipped_configs
 from muybridge.errors import UsageError
 from muybridge.registry import VERBS
 
-from .conftest import ROOT, Command, python
+from .conftest import ROOT, Command, header_commands, python
 
 
 def test_the_shipped_configs_are_those_of_the_checkout():
     assert configs_dir() == ROOT / "configs"
     assert {"tiny/wan.yaml", "tiny/cogvideox.yaml", "tiny/latte.yaml", "tiny/unet3d.yaml"} <= set(shipped_configs())
-
-
-def header_commands(name: str) -> list[list[str]]:
-    """The commands in the comment at the top of a shipped config."""
-    text = (ROOT / "configs" / name).read_text(encoding="utf-8")
-    header = re.match(r"(?:#.*\n)+", text)
-    assert header, "a shipped config begins with a comment that says what it is for"
-    return [shlex.split(m.group(1)) for m in re.finditer(r"^#\s+muybridge (.+)$", header.group(), re.MULTILINE)]
 
 
 @pytest.mark.parametrize("name", shipped_configs())

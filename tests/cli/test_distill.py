@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +15,7 @@ from muybridge.diffusion import FlowSchedule
 from muybridge.export import export_pipeline
 from muybridge.few_step_scheduler import stock
 
-from .conftest import ROOT, Command
+from .conftest import Command, kill_once_saved
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.logger=false"]
 
@@ -121,26 +116,7 @@ def test_a_killed_run_goes_on_bit_for_bit(command: Command, options: list[str], 
         "    - class_path: ModelCheckpoint\n      init_args: {every_n_train_steps: 1, save_last: true}\n"
     )
     run = ["fit", options[0], "-c=often.yaml", *options[1:], "--trainer.max_steps=8"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "muybridge", *run],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not list((tmp_path / "run").rglob("last.ckpt")):
-            assert process.poll() is None, process.stderr.read() if process.stderr else ""
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+    kill_once_saved(tmp_path / "run", *run, cwd=tmp_path)
     assert command(*run, "--ckpt_path=last").code == 0
     found = state(tmp_path / "run")
     whole = [o if "default_root_dir" not in o else f"--trainer.default_root_dir={tmp_path / 'whole'}" for o in run]
