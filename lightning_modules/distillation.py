@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Optional
 
@@ -13,28 +11,28 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from lightning_modules.base import Sampling, present_sum
+from lightning_modules.distillation_logs import of_critic, of_student
+from lightning_modules.distillation_roles import ThreeRoles
 from lightning_modules.finetuning import unique_names
 from lightning_modules.memory import check_memory
 from lightning_modules.optimization import LearningRate
-from lightning_modules.two_optimizers import TwoOptimizers
-from muybridge.backbones.adapters import LoRA, adapter_parameters, check_lora, disabled, inject, only, switch_to
+from muybridge.backbones.adapters import LoRA
 from muybridge.backbones.base import Backbone
+from muybridge.backbones.causal import simulate_blocks
 from muybridge.batch import Batch
 from muybridge.data.trajectories import TrajectoryBatch
 from muybridge.diffusion.conditioning import Conditioning
 from muybridge.diffusion.draws import keyed_generator
 from muybridge.diffusion.predictions import guide
-from muybridge.diffusion.rollouts import noised, simulate
+from muybridge.diffusion.rollouts import at_times, noised, simulate
 from muybridge.diffusion.samplers import check_steps
 from muybridge.diffusion.steps import ScoreStep
 from muybridge.diffusion.timesteps import Shifted, TimestepSampler
 from muybridge.errors import UsageError
-from muybridge.export import export_pipeline
 from muybridge.losses import Adversarial, Loss, MotionScoreMatching, Regression
 
-Role = Literal["student", "teacher", "critic"]
-NOISE_LEVELS = (0.0, 250.0, 500.0, 750.0, 1000.0)
-"""Between these times the critic's loss is logged by itself."""
+ON_THE_BAR = ("student/loss", "student/motion_ratio", "critic/loss")
+"""What the progress bar shows."""
 
 
 @dataclass
@@ -73,7 +71,7 @@ class Draw:
     generators: list[torch.Generator]
 
 
-class Distillation(TwoOptimizers):
+class Distillation(ThreeRoles):
     r"""Distil a teacher of many steps into a student of a few (DMD2, and motion score matching with it).
 
     In a student turn the student makes clips, and the losses pull them along the difference of two scores: the teacher's, with
@@ -146,7 +144,7 @@ class Distillation(TwoOptimizers):
         clips: Clips = Clips(),  # noqa: B008
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(teacher, student, critic, student_lora, critic_lora)
         if not losses:
             raise UsageError("losses is empty", "at least one loss, such as DistributionMatching")
         weights = list(loss_weights) if loss_weights is not None else [1.0] * len(losses)
@@ -165,26 +163,10 @@ class Distillation(TwoOptimizers):
         for name, limit in {"student_clip": student_clip, "critic_clip": critic_clip}.items():
             if limit is not None and not limit > 0:
                 raise UsageError(f"{name} is {limit}", "a norm above 0, or null for none")
-        for role, given, lora in (("student", student, student_lora), ("critic", critic, critic_lora)):
-            if given is not None and lora is not None:
-                raise UsageError(
-                    f"{role} and {role}_lora are both given",
-                    "one of them: the adapter sits on the teacher's weights",
-                    f"leave {role} out, or {role}_lora",
-                )
-            if lora is not None and (lora.t_min is not None or lora.t_max is not None):
-                raise UsageError(
-                    f"{role}_lora has a time range", "none: it acts at all times", "remove t_min and t_max"
-                )
         self.steps = check_steps(steps)
-        self.teacher = teacher
-        # Adapters live on the teacher, and what is no copy is registered once.
-        self.own_student = student if student is not None else None if student_lora is not None else _copy(teacher)
-        self.own_critic = critic if critic is not None else None if critic_lora is not None else _copy(teacher)
         self.losses = nn.ModuleList(losses)
         self.loss_names = unique_names(losses)
         self.loss_weights = weights
-        self.student_lora, self.critic_lora = student_lora, critic_lora
         self.rollout = rollout
         self.guidance, self.negative_prompt, self.batch_guidance = guidance, negative_prompt, batch_guidance
         self.score_times = score_times if score_times is not None else Shifted(clamp=[20.0, 980.0])
@@ -211,60 +193,14 @@ class Distillation(TwoOptimizers):
     # -- setting up ------------------------------------------------------------------------------------------------
 
     @property
-    def student(self) -> Backbone:
-        """The student; on shared weights it is what the base runs as outside of :meth:`playing`."""
-        return self.own_student if self.own_student is not None else self.teacher
-
-    @property
-    def critic(self) -> Backbone:
-        """The critic; on shared weights only inside ``playing("critic")``."""
-        return self.own_critic if self.own_critic is not None else self.teacher
-
-    def roles(self) -> dict[str, Backbone]:
-        return {"student": self.student, "teacher": self.teacher, "critic": self.critic}
-
-    @property
-    def sampled(self) -> Backbone:
-        return self.student
-
-    @property
     def adversarial(self) -> Optional[Adversarial]:
         """The loss that trains a discriminator, if there is one."""
         found: list[Any] = [loss for loss in self.losses if isinstance(loss, Adversarial)]
         return found[0] if found else None
 
-    @contextmanager
-    def playing(self, role: Role) -> Iterator[Backbone]:
-        """The backbone of a role, with the adapters switched as the role has them."""
-        backbone = self.roles()[role]
-        lora = {"student": self.student_lora, "critic": self.critic_lora, "teacher": None}[role]
-        context: AbstractContextManager[Any] = nullcontext()
-        if backbone is self.teacher and (self.student_lora is not None or self.critic_lora is not None):
-            context = disabled(backbone) if lora is None else only(backbone, role)
-        with context:
-            yield backbone
-
     def check(self) -> None:
         teacher = self.teacher
-        for role in ("student", "critic"):
-            backbone = self.roles()[role]
-            if backbone.family != teacher.family:
-                raise UsageError(
-                    f"the {role} is {backbone.family} and the teacher {teacher.family}",
-                    "one family: they share latents, noise levels and text",
-                    f"give the {role} a checkpoint of {teacher.family}, or leave it out to begin at the teacher's weights",
-                )
-            if (
-                backbone.geometry != teacher.geometry
-                or backbone.schedule.prediction != teacher.schedule.prediction
-                or backbone.max_text_length != teacher.max_text_length
-            ):
-                raise UsageError(
-                    f"the {role} at {backbone.checkpoint.given} has other latents, predictions or text than the teacher at"
-                    f" {teacher.checkpoint.given}",
-                    "the same VAE factors and channels, kind of prediction and max_text_length",
-                    "check the two paths",
-                )
+        self.check_roles()
         known = [float(teacher.schedule.snap(torch.tensor(step))) for step in self.steps]
         if len(set(known)) < len(known):
             raise UsageError(
@@ -272,9 +208,6 @@ class Distillation(TwoOptimizers):
             )
         for times in (self.score_times, self.critic_times):
             times.bounds(teacher.schedule)
-        for lora in (self.student_lora, self.critic_lora):
-            if lora is not None:
-                check_lora(teacher, lora)
         if sum(isinstance(loss, Adversarial) for loss in self.losses) > 1:
             raise UsageError("losses name Adversarial twice", "one discriminator")
         if self.adversarial is not None:
@@ -327,33 +260,13 @@ class Distillation(TwoOptimizers):
             )
 
     def prepare(self) -> None:
-        self.teacher.requires_grad_(False)
         if self.adversarial is not None:
             self.adversarial.attach(self.critic, self.seed)
-        for role, own, lora in (
-            ("student", self.own_student, self.student_lora),
-            ("critic", self.own_critic, self.critic_lora),
-        ):
-            if own is not None:
-                own.networks.requires_grad_(True)
-            else:
-                assert lora is not None
-                inject(self.teacher, lora, role)
-        if self.student_lora is not None:
-            switch_to(self.teacher, "student")
+        super().prepare()
 
-    def trained(self, role: str) -> dict[str, nn.Parameter]:
-        """The parameters that a role's optimizer updates, by name."""
-        own = self.own_student if role == "student" else self.own_critic
-        inside = own.parameters() if own is not None else adapter_parameters(self.teacher, role).values()
-        wanted = {id(p) for p in inside if p.requires_grad}
-        if role == "critic" and self.adversarial is not None:
-            wanted |= {id(p) for p in self.adversarial.parameters()}
-        return {n: p for n, p in self.named_parameters() if id(p) in wanted}
-
-    def to_average(self) -> Optional[set[str]]:
-        """The student's: nobody samples the critic."""
-        return set(self.trained("student"))
+    def beside(self, role: str) -> list[nn.Parameter]:
+        """The discriminator learns with the critic."""
+        return list(self.adversarial.parameters()) if role == "critic" and self.adversarial is not None else []
 
     def configure_optimizers(self) -> Any:
         """One optimizer and one schedule for each trained role."""
@@ -457,7 +370,8 @@ class Distillation(TwoOptimizers):
     def roll_out(self, batch: Batch, text: Conditioning, turn: str, draw: Draw) -> tuple[Tensor, int]:
         """The student's clean estimate at one of its steps, and at which; with gradient where that is enabled.
 
-        A causal student is at another step in each block, and may be at 0, where a block is clean and only looked at.
+        A causal student is at another step in each block, and may be at 0, where a block is clean and only looked at. What its
+        blocks are given there is what they are given when it samples.
         """
         schedule, causal, start = self.teacher.schedule, self.student.causal, draw.start
         with self.playing("student") as student:
@@ -478,7 +392,8 @@ class Distillation(TwoOptimizers):
                     clean = self.clean_latents(batch, self.teacher).to(start)
                     z = noised(clean, start, schedule, t, self.steps[0])
                 else:
-                    z = self._gathered(denoise, start, t, draw)
+                    *inputs, made = simulate_blocks(student, start, text, self.steps, draw.generators)
+                    z = at_times(inputs, made, schedule, self.steps, t)
                 exit_step = -1
             # Casts that autocast kept of a forward without gradients are not to be found by the one with them.
             torch.clear_autocast_cache()
@@ -490,19 +405,6 @@ class Distillation(TwoOptimizers):
         known = torch.tensor([*self.steps, 0.0] if len(spans) > 1 else self.steps)
         picks = [torch.randint(len(known), (len(spans),), generator=g) for g in draw.generators]
         return known[torch.stack(picks)]
-
-    @torch.no_grad()
-    def _gathered(self, denoise: Any, start: Tensor, t: Tensor, draw: Draw) -> Tensor:
-        """For each frame the input that a rollout over all steps has at that frame's time; at time 0 its result."""
-        schedule = self.teacher.schedule
-        inputs = simulate(denoise, start, schedule, self.steps, draw.generators)
-        last = schedule.snap(torch.full((len(start),), self.steps[-1], device=start.device))
-        inputs.append(schedule.to_x0(denoise(inputs[-1], last), inputs[-1], last).to(start.dtype))
-        z = inputs[-1]
-        for step, given in zip(self.steps, inputs, strict=False):
-            here = t == float(schedule.snap(torch.tensor(step)))
-            z = torch.where(here[:, None, :, None, None], given, z)
-        return z
 
     def student_turn(self, batch: Batch, text: Conditioning, share: Tensor, pairs: Optional[Tensor] = None) -> Tensor:
         """Roll out, compare two scores, pull; the sample, detached.
@@ -534,7 +436,8 @@ class Distillation(TwoOptimizers):
             gradients.append(gradient)
             total = total + mean.detach()
         self.back((sample * torch.stack(gradients).sum(0)).sum() / self.student_accumulate)
-        self._log_student(step, gradients, total, batch.present)
+        ranks = self.trainer.world_size
+        self._tell(of_student(step, self.loss_names, gradients, total, batch.present, self._sum_up, ranks))
         return sample.detach()
 
     def _shape(self, batch: Batch, pairs: Optional[Tensor] = None) -> tuple[int, ...]:
@@ -603,7 +506,7 @@ class Distillation(TwoOptimizers):
         if verdict is not None and self.adversarial is not None:
             loss = loss + self.adversarial.critic_weight * present_sum(verdict, batch.present) / share
         self.back(loss / self.critic_accumulate)
-        self._log_critic(value.detach(), verdict, t, batch.present)
+        self._tell(of_critic(value.detach(), verdict, t, batch.present, self._sum_up))
 
     # -- what is logged --------------------------------------------------------------------------------------------
 
@@ -611,83 +514,12 @@ class Distillation(TwoOptimizers):
         """Numbers of this rank's samples, summed over all ranks."""
         return self.trainer.strategy.reduce(values.detach().double().clone(), reduce_op="sum")
 
-    @torch.no_grad()
-    def _log_student(self, step: ScoreStep, gradients: list[Tensor], total: Tensor, present: Optional[Tensor]) -> None:
-        gap = (step.fake_x0 - step.real_x0).abs().flatten(1).mean(1)
-        mine, theirs = motion_energy(step.sample), motion_energy(step.real_x0)
-        norms = torch.stack([gradient.double().square().sum() for gradient in gradients])
-        here = torch.stack([present_sum(x, present).double() for x in (gap, mine, theirs, torch.ones_like(gap))])
-        sums = self._sum_up(torch.cat([here, total.reshape(1), norms]))
-        count = sums[3].clamp(min=1.0)
-        self.log("student/loss", (sums[4] / self.trainer.world_size).float(), prog_bar=True)
-        self.log("student/x0_gap", (sums[0] / count).float())
-        self.log("student/motion", (sums[1] / count).float())
-        self.log("student/motion_of_teacher", (sums[2] / count).float())
-        self.log("student/motion_ratio", (sums[1] / sums[2].clamp(min=1e-30)).float(), prog_bar=True)
-        if len(gradients) > 1:
-            sizes = sums[5:].sqrt()
-            for name, size in zip(self.loss_names, sizes, strict=True):
-                self.log(f"student/share_of_{name}", (size / sizes.sum().clamp(min=1e-30)).float())
-
-    @torch.no_grad()
-    def _log_critic(self, value: Tensor, verdict: Optional[Tensor], t: Tensor, present: Optional[Tensor]) -> None:
-        there = torch.ones_like(value, dtype=torch.bool) if present is None else present.to(value.device)
-        level = torch.bucketize(t.to(value.device), torch.tensor(NOISE_LEVELS[1:-1], device=value.device), right=True)
-        bins = [(level == i) & there for i in range(len(NOISE_LEVELS) - 1)]
-        zero = torch.zeros_like(value)
-        parts = [torch.stack([torch.where(b, value, zero).sum(), b.sum().to(value)]) for b in bins]
-        judged = present_sum(verdict.to(value), present) if verdict is not None else value.new_zeros(())
-        sums = self._sum_up(torch.cat([*parts, judged.reshape(1)]))
-        totals, counts = sums[:-1:2], sums[1:-1:2]
-        self.log("critic/loss", (totals.sum() / counts.sum().clamp(min=1.0)).float(), prog_bar=True)
-        for low, total, count in zip(NOISE_LEVELS, totals, counts, strict=False):
-            if float(count) > 0:
-                self.log(f"critic/loss_from_t{low:03.0f}", (total / count).float())
-        if verdict is not None:
-            self.log("critic/verdict", (sums[-1] / counts.sum().clamp(min=1.0)).float())
+    def _tell(self, told: dict[str, Tensor]) -> None:
+        for name, value in told.items():
+            self.log(name, value.float(), prog_bar=name in ON_THE_BAR)
 
     # -- out -------------------------------------------------------------------------------------------------------
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The student's videos of the batch's prompts; the ``Samples`` callback writes them."""
         return self.make_videos(batch, self.sampling)
-
-    def reference_videos(self, batch: Batch, steps: int, on_step: Any = None) -> Tensor:
-        """The teacher's videos of the same prompts and noises, by its own sampler and guidance."""
-        sampling = replace(self.sampling, steps=steps, guidance=self.guidance)
-        with self.playing("teacher") as teacher:
-            return self.make_videos(batch, sampling, on_step, teacher)
-
-    def export(self, out: str) -> list[str]:
-        """The student as a diffusers pipeline directory whose scheduler holds its steps; an adapter is merged into it.
-
-        A run that kept an average exports the average.
-        """
-        if self.average is not None:
-            # For good: what is merged could not be taken apart again.
-            self.average.swap_in(self)
-        if self.student_lora is not None:
-            from muybridge.backbones.adapters import merge_adapter, remove_adapter
-
-            if self.critic_lora is not None:
-                remove_adapter(self.teacher, "critic")
-            merge_adapter(self.teacher, "student")
-        return [str(export_pipeline(self.student, out, self.steps))]
-
-
-def _copy(backbone: Backbone) -> Backbone:
-    """Another backbone of the same settings that is not loaded yet, to be trained."""
-    if backbone.networks:
-        raise ValueError("a copy of a backbone whose weights are loaded: build the job before materialize()")
-    twin = copy.deepcopy(backbone)
-    # Small steps of 16-bit weights round to nothing; the teacher's own may stay in 16 bits.
-    twin.dtype = torch.float32
-    return twin
-
-
-@torch.no_grad()
-def motion_energy(latents: Tensor) -> Tensor:
-    """``mean (Δx)²`` of each clip, (B,); 0 for one frame."""
-    if latents.shape[2] < 2:
-        return latents.new_zeros(len(latents))
-    return (latents[:, :, 1:] - latents[:, :, :-1]).float().square().flatten(1).mean(1)

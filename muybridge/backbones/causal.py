@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from muybridge.diffusion import samplers
 from muybridge.diffusion.conditioning import Conditioning
 from muybridge.diffusion.predictions import guide
+from muybridge.diffusion.rollouts import simulate
 from muybridge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -448,3 +449,32 @@ def stream(
     for start, stop in backbone.causal.spans(noise.shape[2]):
         rollout.append(sample_block(rollout.denoise, noise[:, :, start:stop]), last=stop == noise.shape[2])
         yield rollout.blocks[-1]
+
+
+@torch.no_grad()
+def simulate_blocks(
+    backbone: Backbone,
+    noise: Tensor,
+    conditioning: Conditioning,
+    steps: Sequence[float],
+    generator: Optional[samplers.Generators] = None,
+) -> list[Tensor]:
+    """What a causal student is given at each of its steps when it samples, and last the clip that it makes.
+
+    Each block is rolled out on the keys and values of the finished ones, as :meth:`Backbone.sample` does it: what a block is
+    given follows from clean blocks before it, never from ones as noisy as itself.
+
+    Args:
+        backbone: A causal student, loaded.
+        noise: Of the whole clip, (B, C, F, H, W).
+        conditioning: One per sample.
+        steps: Its falling times.
+        generator: Source of the fresh noises.
+    """
+    assert backbone.causal is not None
+    rollout, parts = Rollout(backbone, conditioning), []
+    for start, stop in backbone.causal.spans(noise.shape[2]):
+        part = simulate(rollout.denoise, noise[:, :, start:stop], backbone.schedule, steps, generator, to_end=True)
+        rollout.append(part[-1], last=stop == noise.shape[2])
+        parts.append(part)
+    return [torch.cat(blocks, 2) for blocks in zip(*parts, strict=True)]

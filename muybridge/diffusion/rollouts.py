@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Optional
 
@@ -20,10 +19,11 @@ def simulate(
     schedule: NoiseSchedule,
     steps: Sequence[float],
     generator: Optional[Generators] = None,
+    to_end: bool = False,
 ) -> list[Tensor]:
     """The inputs of a few-step sampler at each of its ``steps``, from its own estimates (backward simulation).
 
-    The last is what :func:`~muybridge.diffusion.samplers.few_step` denoises last, from the same noises.
+    The input at the last step is what :func:`~muybridge.diffusion.samplers.few_step` denoises last, from the same noises.
 
     Args:
         denoise: The student.
@@ -31,14 +31,33 @@ def simulate(
         schedule: The family's schedule.
         steps: Falling times; the first of them where the rollout is to be left early.
         generator: Source of the fresh noises.
+        to_end: Denoise at the last step too; the sampler's result is then one more entry.
     """
-    times = check_steps(steps)
+    times = [schedule.snap(torch.full((noise.shape[0],), t, device=noise.device)) for t in check_steps(steps)]
     inputs = [noise]
-    for now, after in itertools.pairwise(times):
-        t, t_next = (schedule.snap(torch.full((noise.shape[0],), time, device=noise.device)) for time in (now, after))
+    for place, t in enumerate(times if to_end else times[:-1]):
         clean = schedule.to_x0(denoise(inputs[-1], t), inputs[-1], t).to(noise.dtype)
-        inputs.append(schedule.add_noise(clean, fresh_noise(noise, generator), t_next))
+        more = place + 1 < len(times)
+        inputs.append(schedule.add_noise(clean, fresh_noise(noise, generator), times[place + 1]) if more else clean)
     return inputs
+
+
+def at_times(
+    inputs: Sequence[Tensor], clean: Tensor, schedule: NoiseSchedule, steps: Sequence[float], t: Tensor
+) -> Tensor:
+    """A clip whose frames are at steps of their own: each frame as it is in the input at its time.
+
+    Args:
+        inputs: Of a rollout, one for each step.
+        clean: What the rollout made; frames at no step have ended there.
+        schedule: The family's schedule.
+        steps: The student's times.
+        t: A time for each frame, (B, F).
+    """
+    z = clean
+    for step, given in zip(steps, inputs, strict=True):
+        z = torch.where(broadcast_time(t == float(schedule.snap(torch.tensor(step))), clean), given, z)
+    return z
 
 
 def noised(clean: Tensor, noise: Tensor, schedule: NoiseSchedule, t: Tensor, first: float) -> Tensor:

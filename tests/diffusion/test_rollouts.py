@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from muybridge.diffusion import FlowSchedule, NoiseSchedule, VPSchedule, few_step
-from muybridge.diffusion.rollouts import noised, simulate
+from muybridge.diffusion.rollouts import at_times, noised, simulate
 
 SCHEDULES: dict[str, NoiseSchedule] = {"flow": FlowSchedule(3.0), "epsilon": VPSchedule.from_betas()}
 STEPS = [999.0, 700.0, 300.0]
@@ -32,6 +32,15 @@ def test_the_simulated_inputs_are_those_of_the_sampler(name: str):
     assert all(torch.equal(a, b) for a, b in zip(made, given, strict=True))
     first = simulate(denoise, draw(0), schedule, STEPS[:2], torch.Generator().manual_seed(1))
     assert torch.equal(first[-1], given[1])
+    *inputs, clean = simulate(denoise, draw(0), schedule, STEPS, torch.Generator().manual_seed(1), to_end=True)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, given, strict=True))
+    assert torch.equal(clean, few_step(denoise, draw(0), schedule, STEPS, torch.Generator().manual_seed(1)))
+    t = torch.tensor([[999.0, 300.0, 0.0, 700.0], [0.0, 0.0, 999.0, 700.0]])
+    found = at_times(inputs, clean, schedule, STEPS, t)
+    for sample, row in enumerate(t.tolist()):
+        for frame, time in enumerate(row):
+            wanted = inputs[STEPS.index(time)] if time else clean
+            assert torch.equal(found[sample, :, frame], wanted[sample, :, frame])
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -328,6 +328,47 @@ def test_a_causal_student_is_at_another_step_in_each_block(tiny_checkpoint: Tiny
     assert "student/share_of_MotionScoreMatching" in watch.logged[-1]
 
 
+def test_a_causal_students_rollout_is_its_sampler_block_by_block(ready: Any, tiny_checkpoint: Tiny):
+    """On the keys and values of finished blocks: what a block is given at a step does not follow from noisy ones before it."""
+    job, batch = ready(student=opened(tiny_checkpoint("wan"), causal=Causal(block=1)))
+    student, text, shape = job.student, job.text(batch, job.teacher), job.latent_shape()
+    blocks, count = shape[1], len(STEPS)
+    real, calls, given = student.denoise, [], []
+    student.denoise = lambda z, t, text: (calls.append(z), real(z, t, text))[1]
+    draw = job.draw(batch, "student", shape)
+    clip = student.sample(draw.start, text, STEPS, generator=draw.generators)
+    # Each block is denoised at every step, and all but the last once more for their keys and values.
+    assert [len(z[0, 0]) for z in calls] == [1] * (blocks * (count + 1) - 1)
+    inputs = [torch.cat([calls[block * (count + 1) + step] for block in range(blocks)], 2) for step in range(count)]
+
+    student.denoise = real
+    student.forward = lambda z, t, text: (given.append(z), real(z, t, text))[1]
+    for picks in ([[0, 0, 0], [1, 1, 1]], [[2, 2, 2], [3, 3, 3]], [[0, 1, 2], [3, 2, 0]]):
+        chosen = torch.tensor(picks)
+        job._times_of_samples = lambda draw, spans, chosen=chosen: torch.tensor([*STEPS, 0.0])[chosen]
+        job.roll_out(batch, text, "student", job.draw(batch, "student", shape))
+        for sample, row in enumerate(picks):
+            for block, step in enumerate(row):
+                wanted = clip if step == count else inputs[step]
+                assert torch.equal(given[-1][sample, :, block], wanted[sample, :, block])
+
+
+def test_a_causal_adapter_shares_its_weights_with_a_teacher_and_a_critic_that_see_whole_clips(ready: Any):
+    lora = LoRA(rank=2)
+    job, batch = ready(student_lora=lora, critic_lora=lora)
+    path, text = job.teacher.checkpoint.given, job.text(batch, job.teacher)
+    z, t = torch.randn(2, *job.latent_shape()), torch.tensor([900.0, 300.0])
+    shared, _ = ready(teacher=opened(path, causal=Causal(block=1)), student_lora=lora, critic_lora=lora)
+    changed = z.clone()
+    changed[:, :, -1] += 1.0
+    with torch.no_grad():
+        for role in ("teacher", "critic"):
+            with job.playing(role) as plain, shared.playing(role) as other:
+                assert torch.equal(other(z, t, text), plain(z, t, text))
+        with shared.playing("student") as student:
+            assert torch.equal(student(z, t, text)[:, :, :-1], student(changed, t, text)[:, :, :-1])
+
+
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
 
 
