@@ -1,6 +1,7 @@
 """What a full cycle of distillation costs beside the bare passes that it needs.
 
     python benchmarks/distill.py                      a small Wan with random weights, on any machine
+    python benchmarks/distill.py --size long          the same on a clip of four times as many tokens
     python benchmarks/distill.py --size 1.3b          Wan 2.1 1.3B's shapes with random weights, on a GPU
 
 A cycle is five updates of the critic and one of the student. Every pass through a network is counted while it runs (whose, how
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import platform
 import resource
 import statistics
@@ -33,6 +35,11 @@ SIZES: dict[str, dict[str, Any]] = {
         "network": dict(num_attention_heads=4, attention_head_dim=64, ffn_dim=1024, num_layers=4),
         "clip": (9, 128, 128),
         "cycles": 3,
+    },
+    "long": {
+        "network": dict(num_attention_heads=4, attention_head_dim=64, ffn_dim=1024, num_layers=4),
+        "clip": (9, 256, 256),
+        "cycles": 2,
     },
     "1.3b": {
         "network": dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30),
@@ -74,7 +81,7 @@ def measure(size: str, roles: str) -> dict[str, Any]:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    shape = SIZES[size]
+    shape, large = SIZES[size], size == "1.3b"
     on_gpu = torch.cuda.is_available()
 
     def now() -> float:
@@ -91,7 +98,7 @@ def measure(size: str, roles: str) -> dict[str, Any]:
             return 10000
 
         def __getitem__(self, index: int) -> Batch:
-            text = Conditioning(torch.zeros(1, 512 if size != "small" else 16, 32))
+            text = Conditioning(torch.zeros(1, 512 if large else 16, 32))
             return Batch(ids=[str(index)], prompts=[""], conditioning=text)
 
     class Data(ResumableData):
@@ -116,11 +123,16 @@ def measure(size: str, roles: str) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         path = write_checkpoint(Path(folder), shape["network"])
-        checkpointing = size != "small"
-        length = 512 if size != "small" else 16
+        checkpointing = large
+        length = 512 if large else 16
         teacher = Pretrained(str(path), max_text_length=length, gradient_checkpointing=checkpointing)
         lora = LoRA(rank=16, targets=r".*attn[12]\.(?:to_[qkv]|to_out\.0)") if roles == "adapters" else None
         matching = MotionScoreMatching()
+
+        def adam(parameters: Any) -> torch.optim.Optimizer:
+            """As the shipped configs have it: one pass over the weights."""
+            return torch.optim.AdamW(parameters, lr=2e-6, weight_decay=0.01, fused=True)
+
         frames, height, width = shape["clip"]
         job = Distillation(
             teacher=teacher,
@@ -128,6 +140,8 @@ def measure(size: str, roles: str) -> dict[str, Any]:
             steps=[1000.0, 757.0, 522.0],
             student_lora=lora,
             critic_lora=lora,
+            student_optimizer=adam,
+            critic_optimizer=adam,
             guidance=4.5,
             clips=Clips(frames=frames, height=height, width=width),
         )
@@ -181,7 +195,7 @@ def measure(size: str, roles: str) -> dict[str, Any]:
         latents = job.latent_shape()
         alone: dict[tuple[str, int, bool], float] = {}
         kinds = {kind for counted in per_iteration for kind in counted}
-        repeats = 5 if size == "small" else 2
+        repeats = 2 if large else 5
         for role, batch, grad in sorted(kinds):
             z = torch.randn(batch, *latents, device=device)
             t, text = torch.full((batch,), 700.0, device=device), empty.expand(batch).to(device)
@@ -236,6 +250,7 @@ def measure(size: str, roles: str) -> dict[str, Any]:
             "weights_mib": round(weights / 2**20, 1),
             "peak_memory_mib": round(peak / 2**20, 1),
             "peak_memory_of": "device" if on_gpu else "process (resident)",
+            "tokens": math.prod(latents[1:]) // 4,
             "parameters": sum(p.numel() for p in job.teacher.parameters()),
             "passes_of_a_cycle": {f"{r} batch {b} {'train' if g else 'infer'}": n for (r, b, g), n in total.items()},
         }

@@ -16,6 +16,7 @@ from lightning_modules.distillation_roles import ThreeRoles
 from lightning_modules.finetuning import unique_names
 from lightning_modules.memory import check_memory
 from lightning_modules.optimization import LearningRate
+from lightning_modules.two_optimizers import check_fused
 from muybridge.backbones.adapters import LoRA
 from muybridge.backbones.base import Backbone
 from muybridge.backbones.causal import simulate_blocks
@@ -277,6 +278,7 @@ class Distillation(ThreeRoles):
         made = []
         for role in ("student", "critic"):
             optimizer = self.optimizers_of[role](list(self.trained(role).values()))
+            check_fused(role, optimizer)
             updates = iterations / self.update_ratio if role == "student" else iterations
             made.append(
                 {

@@ -53,17 +53,16 @@ class TwoOptimizers(DiffusionModule):
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self._exchange([p.grad for p in parameters if not hasattr(p.grad, "full_tensor")])
         norm = total_norm([p.grad for p in parameters])
-        finite = torch.isfinite(norm).float().reshape(1)
-        finite = self.trainer.strategy.reduce(finite, reduce_op="min")
+        finite = self.trainer.strategy.reduce(torch.isfinite(norm).float().reshape(1), reduce_op="min")
         self.log(f"{role}/grad_norm", norm.float())
         self.log(f"{role}/lr", optimizer.param_groups[0]["lr"])
         fine = bool(finite.item())
         if fine:
             self._skipped_in_a_row[role] = 0
             limit = self.clip_of[role]
-            if limit is not None and float(norm) > limit:
-                for parameter in parameters:
-                    local(parameter.grad).mul_(limit / float(norm))
+            size = float(norm)
+            if limit is not None and size > limit:
+                torch._foreach_mul_([local(p.grad) for p in parameters], limit / size)
         else:
             self._skip(role, parameters)
         if index == len(self.clip_of) - 1:
@@ -105,6 +104,23 @@ class TwoOptimizers(DiffusionModule):
                 for one, part in zip(waiting, flat.split([g.numel() for g in waiting]), strict=True):
                     one.copy_(part.view_as(one))
                 waiting = []
+
+
+def check_fused(role: str, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a fused optimizer of sharded weights and whole ones, which torch would refuse at the first step.
+
+    Args:
+        role: Whose it is.
+        optimizer: It.
+    """
+    for group in optimizer.param_groups:
+        kinds = {hasattr(p, "full_tensor") for p in group["params"]}
+        if group.get("fused") and len(kinds) > 1:
+            raise UsageError(
+                f"a fused {type(optimizer).__name__} for the {role}, which has whole weights (a discriminator's) and sharded",
+                "an optimizer that takes both",
+                f"set {role}_optimizer's fused to null",
+            )
 
 
 @torch.no_grad()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from support.families import CASES
 from torch import Tensor
 
 from muybridge.backbones import load
 from muybridge.backbones.base import Backbone
-from muybridge.diffusion import FlowSchedule
+from muybridge.diffusion import FlowSchedule, samplers
 from muybridge.export import export_pipeline
 from muybridge.few_step_scheduler import stock
 
@@ -172,11 +175,49 @@ def test_published_steps_fit_a_scheduler_of_diffusers_own(steps: list[float]):
     assert scheduler.sigmas.tolist() == pytest.approx([*(s / 1000.0 for s in steps), 0.0], abs=1e-6)
 
 
-@pytest.mark.parametrize(("name", "steps"), [("latte", [999.0, 749.0, 249.0]), ("wan", [900.0, 700.0, 650.0, 20.0])])
+@dataclass(frozen=True)
+class Call:
+    """How a family's pipeline is asked for a clip, and where it differs from ours in the order in which noise is drawn.
+
+    Args:
+        frames: Name of the argument for the number of frames.
+        more: Further arguments.
+        drawn: Our latents' shape as the pipeline's scheduler sees it.
+        ours: A latent of that shape in our layout.
+    """
+
+    frames: str = "num_frames"
+    more: dict[str, Any] = field(default_factory=dict)
+    drawn: Callable[[torch.Size], tuple[int, ...]] = tuple
+    ours: Callable[[Tensor, torch.Size], Tensor] = lambda z, shape: z
+
+
+FRAMES_FIRST = Call(
+    more={"max_sequence_length": 32},
+    drawn=lambda s: (s[0], s[2], s[1], *s[3:]),
+    ours=lambda z, shape: z.transpose(1, 2),
+)
+CALLS = {
+    "wan": Call(more={"max_sequence_length": 32}),
+    # Its network has no working mask for padding: the pipeline crops instead, unless it is told not to.
+    "latte": Call("video_length", {"mask_feature": False, "clean_caption": False, "negative_prompt": ""}),
+    "cogvideox": FRAMES_FIRST,
+    "cogvideox_rope": FRAMES_FIRST,
+    "unet3d": Call(
+        drawn=lambda s: (s[0] * s[2], s[1], *s[3:]),
+        ours=lambda z, shape: z.unflatten(0, (shape[0], shape[2])).transpose(1, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
 def test_other_steps_come_with_a_scheduler_of_their_own(
-    name: str, steps: list[float], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+    name: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    student = load(str(tiny_checkpoint(name)), **({"max_text_length": 16} if name == "wan" else {}))
+    """Flow, v with zero terminal SNR, epsilon with some signal left: the pipeline makes the sampler's clip of the same noises."""
+    case, call = CASES[name], CALLS[name]
+    steps = [900.0, 700.0, 650.0, 20.0] if name == "wan" else [999.0, 749.0, 249.0]
+    student = case.open(tiny_checkpoint(name))
     if isinstance(student.schedule, FlowSchedule):
         assert stock(steps) is None
     out = export_pipeline(student, str(tmp_path / "student"), steps)
@@ -185,24 +226,29 @@ def test_other_steps_come_with_a_scheduler_of_their_own(
 
     pipeline = DiffusionPipeline.from_pretrained(str(out), trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
-    size = dict(height=64, width=64) if name == "latte" else dict(height=32, width=32)
-    frames = dict(video_length=4) if name == "latte" else dict(num_frames=9, max_sequence_length=16)
-    shape = student.latent_shape(4 if name == "latte" else 9, *size.values())
-    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(1))
+    frames, height, width = case.clip
+    noise = case.noise(student)
     text = student.encode_text(["a dog"])
-    torch.manual_seed(7)
-    more = dict(latents=noise, guidance_scale=1.0, output_type="latent", **size, **frames)
+    prompt: dict[str, Any] = {"prompt": "a dog"}
     if name == "latte":
-        more |= dict(mask_feature=False, clean_caption=False, prompt_embeds=text.text, negative_prompt="")
-        # Its network has no working mask for padding; the pipeline crops instead, and so does the comparison.
+        prompt = {"prompt": None, "prompt_embeds": text.text}
         text = type(text)(text.text)
-        made = pipeline(prompt=None, **more).frames
-    else:
-        made = pipeline("a dog", **more).frames
     torch.manual_seed(7)
-    torch.testing.assert_close(made, student.sample(noise, text, steps=steps), atol=1e-4, rtol=1e-4)
+    made = pipeline(
+        **prompt, **call.more, **{call.frames: frames}, height=height, width=width, num_inference_steps=50,
+        latents=case.to_pipeline(noise.clone()), guidance_scale=1.0, output_type="latent",
+    ).frames  # fmt: skip
+
+    def drawn(like: Tensor, generator: Any) -> Tensor:
+        return call.ours(torch.randn(call.drawn(like.shape)), like.shape)
+
+    monkeypatch.setattr(samplers, "fresh_noise", drawn)
+    torch.manual_seed(7)
+    wanted = student.sample(noise, text, steps=steps)
+    torch.testing.assert_close(case.from_pipeline(made, wanted.shape), wanted, atol=1e-4, rtol=1e-4)
+    assert pipeline.scheduler.timesteps.tolist() == steps, "whatever number the pipeline is asked for"
     # Whoever trains on finds the noise schedule that the teacher had.
-    again = load(str(out), **({"max_text_length": 16} if name == "wan" else {}))
+    again = case.open(out)
     t = torch.tensor([20.0, 500.0, 999.0])
     for mine, theirs in zip(again.schedule.coefficients(t), student.schedule.coefficients(t), strict=True):
         torch.testing.assert_close(mine, theirs, atol=0, rtol=0)

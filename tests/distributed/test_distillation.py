@@ -15,8 +15,10 @@ from support.strategies import strategy
 from torch import Tensor
 
 from callbacks.ema import EMA
+from lightning_modules import Distillation
 from muybridge.backbones.adapters import LoRA
 from muybridge.backbones.sharding import full, reshard
+from muybridge.errors import UsageError
 from muybridge.losses import Adversarial, DistributionMatching, MotionScoreMatching
 
 TOLERANCE = 1e-5
@@ -25,13 +27,23 @@ TOLERANCE = 1e-5
 def distil(path: str, kind: str, root: str, what: str, steps: int, save_to: str, ckpt_path: Optional[str]) -> Any:
     """Weights, averages and logged numbers that a run left, on global batches of two."""
     world = int(os.environ.get("WORLD_SIZE", 1))
+    size = 2 // world
+
+    def clips(job: Distillation) -> LatentClips:
+        return LatentClips(job.latent_shape(), 8, size)
+
     settings: dict[str, Any] = dict(losses=[DistributionMatching(), MotionScoreMatching()], student_accumulate=2)
     if what == "adapters":
         settings |= dict(student_lora=LoRA(rank=2), critic_lora=LoRA(rank=2))
         settings |= dict(losses=[DistributionMatching(), Adversarial(every=1)])
+        if world > 1:
+            # torch would refuse it in its own words, and after the first turn.
+            fused = distillation(path, **settings | dict(losses=[DistributionMatching(), Adversarial(every=1)]))
+            with pytest.raises(UsageError, match="critic_optimizer's fused"):
+                trainer(root, devices=world, strategy=strategy(kind), max_steps=1).fit(fused, datamodule=clips(fused))
+        settings |= dict(critic_optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3, eps=1e-5))
     job = distillation(path, **settings)
-    size = 2 // world
-    data: Any = LatentClips(job.latent_shape(), 8, size) if what == "adapters" else prompts(8, size)
+    data: Any = clips(job) if what == "adapters" else prompts(8, size)
     run = trainer(root, devices=world, strategy=strategy(kind), max_steps=steps, callbacks=[EMA(decay=0.5)])
     run.fit(job, datamodule=data, ckpt_path=ckpt_path)
     if save_to:
