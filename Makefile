@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 	$(BIN)/muybridge demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
