@@ -5,10 +5,10 @@
     python benchmarks/distill.py --size 1.3b          Wan 2.1 1.3B's shapes with random weights, on a GPU
 
 A cycle is five updates of the critic and one of the student. Every pass through a network is counted while it runs (whose, how
-large a batch, with gradients or without); afterwards the same passes are timed alone, in the same process, and added up. Reported
-are cycle / sum of passes (at most 1.10 is wanted), the share of a cycle that motion score matching takes (at most 1 %), and for
-roles as copies and as adapters on one base the bytes of weights and the peak memory. Each way runs in a process of its own.
-Writes benchmarks/results/distill-<size>-<device>.json.
+large a batch, with gradients or without); after every cycle the same passes are timed alone, in the same process, and added up.
+Reported are cycle / sum of passes (at most 1.10 is wanted), the share of a cycle that motion score matching takes (at most 1 %),
+and for roles as copies and as adapters on one base the bytes of weights and the peak memory. Each way of holding the roles runs
+in a process of its own. Writes benchmarks/results/distill-<size>-<device>.json.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ SIZES: dict[str, dict[str, Any]] = {
     "small": {
         "network": dict(num_attention_heads=4, attention_head_dim=64, ffn_dim=1024, num_layers=4),
         "clip": (9, 128, 128),
-        "cycles": 3,
+        "cycles": 7,
     },
     "long": {
         "network": dict(num_attention_heads=4, attention_head_dim=64, ffn_dim=1024, num_layers=4),
         "clip": (9, 256, 256),
-        "cycles": 2,
+        "cycles": 3,
     },
     "1.3b": {
         "network": dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30),
@@ -108,18 +108,40 @@ def measure(size: str, roles: str) -> dict[str, Any]:
             return Texts()
 
     class Clock(pl.Callback):
-        """Times iterations, and counts what runs in each."""
+        """Times iterations, counts what runs in each, and after every cycle times the same passes alone."""
 
         def __init__(self) -> None:
             self.times: list[float] = []
             self.passes: list[Counter[tuple[str, int, bool]]] = []
+            self.alone: list[dict[tuple[str, int, bool], float]] = []
+            self.counting = False
 
         def on_train_batch_start(self, *args: Any) -> None:
             self.passes.append(Counter())
-            self.start = now()
+            self.counting, self.start = True, now()
 
         def on_train_batch_end(self, *args: Any) -> None:
             self.times.append(now() - self.start)
+            self.counting = False
+            if len(self.times) % 5 == 0:
+                # Next to the cycle in time: on a machine that others use too, an hour's passes are not another hour's.
+                self.alone.append({kind: pass_alone(*kind) for kind in sorted(sum(self.passes[-5:], Counter()))})
+
+    def pass_alone(role: Any, batch: int, grad: bool) -> float:
+        """Seconds of one kind of pass by itself."""
+        device, spent = job.device, []
+        z = torch.randn(batch, *job.latent_shape(), device=device)
+        t, text = torch.full((batch,), 700.0, device=device), empty.expand(batch).to(device)
+        with real(job, role) as backbone, torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+            for _ in range(2 if large else 4):
+                start = now()
+                with torch.set_grad_enabled(grad):
+                    out = backbone(z, t, text)
+                    if grad:
+                        out.float().square().mean().backward()
+                spent.append(now() - start)
+                job.zero_grad(set_to_none=True)
+        return statistics.median(spent[1:])
 
     with tempfile.TemporaryDirectory() as folder:
         path = write_checkpoint(Path(folder), shape["network"])
@@ -168,7 +190,7 @@ def measure(size: str, roles: str) -> dict[str, Any]:
             return real(self, role)
 
         def count(module: Any, args: Any, kwargs: Any) -> None:
-            if torch._C._current_graph_task_id() == -1 and clock.passes:
+            if torch._C._current_graph_task_id() == -1 and clock.counting:
                 clock.passes[-1][(playing[-1], len(kwargs["hidden_states"]), torch.is_grad_enabled())] += 1
 
         configure = job.configure_model
@@ -188,35 +210,17 @@ def measure(size: str, roles: str) -> dict[str, Any]:
         )
         weights = sum({p.data_ptr(): p.nbytes for p in job.parameters()}.values())
 
-        # The same passes alone, no longer counted.
-        per_iteration, clock.passes = clock.passes, []
+        per_iteration = clock.passes
         device = job.device
         job.to(device)
         latents = job.latent_shape()
-        alone: dict[tuple[str, int, bool], float] = {}
-        kinds = {kind for counted in per_iteration for kind in counted}
-        repeats = 2 if large else 5
-        for role, batch, grad in sorted(kinds):
-            z = torch.randn(batch, *latents, device=device)
-            t, text = torch.full((batch,), 700.0, device=device), empty.expand(batch).to(device)
-            spent = []
-            with real(job, role) as backbone, torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-                for _ in range(repeats + 1):
-                    start = now()
-                    with torch.set_grad_enabled(grad):
-                        out = backbone(z, t, text)
-                        if grad:
-                            out.float().square().mean().backward()
-                    spent.append(now() - start)
-                    job.zero_grad(set_to_none=True)
-            alone[(role, batch, grad)] = statistics.median(spent[1:])
         # Steps of the optimizers alone: beside passes over few tokens, as here, they are not small.
         steps_alone = 0.0
         for role, times in (("student", 1), ("critic", 5)):
             for parameter in job.trained(role).values():
                 parameter.grad = torch.full_like(parameter, 1e-6)
             spent = []
-            for _ in range(repeats + 1):
+            for _ in range(5):
                 start = now()
                 run.optimizers[("student", "critic").index(role)].step()
                 spent.append(now() - start)
@@ -235,7 +239,7 @@ def measure(size: str, roles: str) -> dict[str, Any]:
         for first in range(5, 5 * (shape["cycles"] + 1), 5):
             cycles.append(sum(clock.times[first : first + 5]))
             total: Counter[tuple[str, int, bool]] = sum(per_iteration[first : first + 5], Counter())
-            bare.append(sum(alone[kind] * number for kind, number in total.items()))
+            bare.append(sum(clock.alone[first // 5][kind] * number for kind, number in total.items()))
             ratios.append(cycles[-1] / bare[-1])
         return {
             "roles": roles,

@@ -1,4 +1,4 @@
-"""Distillation through the command: from a teacher to a pipeline that others load, killed and gone on with."""
+"""Distillation through the command: from a teacher to a pipeline that others load. All its stages are in test_stages.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from muybridge.diffusion import FlowSchedule, samplers
 from muybridge.export import export_pipeline
 from muybridge.few_step_scheduler import stock
 
-from .conftest import Command, kill_once_saved
+from .conftest import Command
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.logger=false"]
 
@@ -83,15 +83,10 @@ def test_a_student_becomes_a_pipeline_that_samples_as_it_was_trained(
     assert "another sampling" in other.message
 
 
-@pytest.mark.parametrize("layer", ["stage3", "lora"])
-def test_the_other_stages_run_as_layers_over_the_first(
-    layer: str, command: Command, options: list[str], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
-):
-    more = [f"-c=tiny/distill-{layer}.yaml", "--trainer.max_steps=2"]
-    if layer == "stage3":
-        more += [f"--model.student.path={tiny_checkpoint('wan')}", "--model.student.max_text_length=16"]
-    assert command("fit", options[0], *more[:1], *options[1:], *more[1:]).code == 0
-    result = command("export", options[0], *more[:1], *options[1:], *more[1:], "--ckpt_path=last", "--out=student")
+def test_adapters_run_as_a_layer_over_the_first_stage(command: Command, options: list[str]):
+    run = [options[0], "-c=tiny/distill-lora.yaml", *options[1:], "--trainer.max_steps=2"]
+    assert command("fit", *run).code == 0
+    result = command("export", *run, "--ckpt_path=last", "--out=student")
     assert result.code == 0
     assert load("student", max_text_length=16).family == "Wan"
 
@@ -111,23 +106,6 @@ def test_prompts_alone_and_their_cached_embeddings_are_enough(
     lost = command("fit", *cached, "--model.negative_prompt=blurry")
     assert lost.code == 2
     assert "negative prompt 'blurry'" in lost.message
-
-
-def test_a_killed_run_goes_on_bit_for_bit(command: Command, options: list[str], tmp_path: Path):
-    Path("often.yaml").write_text(
-        "trainer:\n  callbacks:\n    - class_path: EMA\n      init_args: {decay: 0.9, start: 2}\n"
-        "    - class_path: ModelCheckpoint\n      init_args: {every_n_train_steps: 1, save_last: true}\n"
-    )
-    run = ["fit", options[0], "-c=often.yaml", *options[1:], "--trainer.max_steps=8"]
-    kill_once_saved(tmp_path / "run", *run, cwd=tmp_path)
-    assert command(*run, "--ckpt_path=last").code == 0
-    found = state(tmp_path / "run")
-    whole = [o if "default_root_dir" not in o else f"--trainer.default_root_dir={tmp_path / 'whole'}" for o in run]
-    assert command(*whole).code == 0
-    wanted = state(tmp_path / "whole")
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert torch.equal(found[name], value), name
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_three_stages_in_a_row_each_killed_and_gone_on_with(
     def killed_and_whole(name: str, *config: str) -> list[str]:
         """A run that was killed and gone on with, and one that was not, are one; its options."""
         run = [*config, "-c=often.yaml", *QUIET]
-        fit = ["fit", *run, "--trainer.max_steps=6"]
+        fit = ["fit", *run, "--trainer.max_steps=5"]
         kill_once_saved(tmp_path / name, *fit, f"--trainer.default_root_dir={name}", cwd=tmp_path)
         for root, more in ((name, ["--ckpt_path=last"]), (f"{name}-whole", [])):
             result = command(*fit, f"--trainer.default_root_dir={root}", *more)
@@ -101,7 +101,7 @@ def test_the_proving_grounds_stages_run_as_their_files_say(command: Command, tmp
     commands = [arguments for name in names for arguments in header_commands(name)]
     assert [arguments[0] for arguments in commands].count("fit") == 4
     (tmp_path / "prompts.txt").write_text("a red disk | falls freely\n")
-    few = ["--trainer.max_steps=2", "--trainer.accelerator=cpu", "--data.batch_size=1", *QUIET]
+    few = ["--trainer.max_steps=1", "--trainer.accelerator=cpu", "--data.batch_size=1", *QUIET]
     for arguments in commands:
         less = {"proving-ground": ["--clips=2"], "fit": few}.get(arguments[0], [])
         result = command(*arguments, *less)

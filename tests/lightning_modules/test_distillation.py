@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from callbacks.ema import EMA
 from lightning_modules import Clips, Distillation, memory, two_optimizers
+from lightning_modules.optimization import LearningRate
 from muybridge.backbones import Causal
 from muybridge.backbones.adapters import LoRA
 from muybridge.batch import Batch
@@ -422,6 +424,19 @@ def test_gradients_are_clipped_by_role(tiny_checkpoint: Tiny, tmp_path: Path):
     assert seen["student"] == pytest.approx(1e-4, rel=1e-3)
     assert watch.logged[0]["student/grad_norm"] > 1e-4
     assert seen["critic"] == pytest.approx(watch.logged[0]["critic/grad_norm"], rel=1e-5)
+
+
+def test_each_roles_schedule_counts_its_own_updates(tiny_checkpoint: Tiny, tmp_path: Path):
+    job = distillation(
+        tiny_checkpoint("wan"),
+        student_learning_rate=LearningRate(warmup=2),
+        critic_learning_rate=LearningRate(shape="cosine"),
+    )
+    logged = fit(job, tmp_path, 5).logged
+    # The student is updated in iterations 0, 2 and 4, and between them its last number stands.
+    assert [row["student/lr"] for row in logged] == pytest.approx([1e-3 / 3] * 2 + [2e-3 / 3] * 2 + [1e-3])
+    cosine = [1e-3 * 0.5 * (1.0 + math.cos(math.pi * n / 5)) for n in range(5)]
+    assert [row["critic/lr"] for row in logged] == pytest.approx(cosine)
 
 
 def test_mixed_precision_keeps_weights_and_losses_in_float32(tiny_checkpoint: Tiny, tmp_path: Path):
