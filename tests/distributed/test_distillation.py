@@ -8,7 +8,7 @@ from typing import Any, Optional
 
 import pytest
 import torch
-from support.distilling import distillation, prompts
+from support.distilling import distillation, opened, prompts
 from support.jobs import LatentClips, trainer
 from support.ranks import run_ranks
 from support.strategies import strategy
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from callbacks.ema import EMA
 from lightning_modules import Distillation
+from muybridge.backbones import Causal
 from muybridge.backbones.adapters import LoRA
 from muybridge.backbones.sharding import full, reshard
 from muybridge.errors import UsageError
@@ -33,6 +34,8 @@ def distil(path: str, kind: str, root: str, what: str, steps: int, save_to: str,
         return LatentClips(job.latent_shape(), 8, size)
 
     settings: dict[str, Any] = dict(losses=[DistributionMatching(), MotionScoreMatching()], student_accumulate=2)
+    if what == "causal":
+        settings |= dict(student=opened(path, causal=Causal(block=1)))
     if what == "adapters":
         settings |= dict(student_lora=LoRA(rank=2), critic_lora=LoRA(rank=2))
         settings |= dict(losses=[DistributionMatching(), Adversarial(every=1)])
@@ -62,10 +65,10 @@ def same(found: Any, wanted: Any) -> None:
     assert found[1] == pytest.approx(wanted[1], rel=1e-3, abs=TOLERANCE)
 
 
-@pytest.mark.parametrize(("kind", "what"), [("ddp", "copies"), ("folder", "copies"), ("folder", "adapters")])
+@pytest.mark.parametrize(("kind", "what"), [("ddp", "copies"), ("folder", "causal"), ("folder", "adapters")])
 def test_two_ranks_distil_what_one_process_does(kind: str, what: str, tiny_checkpoint: Any, tmp_path: Path):
-    """The sharded one is cut after its second iteration, and goes on from its checkpoint."""
-    path, root, cut = str(tiny_checkpoint("wan")), str(tmp_path), kind == "folder" and what == "copies"
+    """The causal one is cut after its second iteration, and goes on from its sharded checkpoint."""
+    path, root, cut = str(tiny_checkpoint("wan")), str(tmp_path), what == "causal"
     wanted = distil(path, "one", root, what, 3, "", None)
     saved = str(tmp_path / "two.ckpt") if cut else None
     if saved:
