@@ -1,5 +1,6 @@
 """What watches a run."""
 
+from callbacks.clip_losses import ClipLosses
 from callbacks.ema import EMA
 from callbacks.gradient_capture import GradientCapture
 from callbacks.interruption import Interruption
@@ -7,4 +8,4 @@ from callbacks.motion_monitor import MotionMonitor
 from callbacks.preemption import Preemption
 from callbacks.samples import Samples
 
-__all__ = ["EMA", "GradientCapture", "Interruption", "MotionMonitor", "Preemption", "Samples"]
+__all__ = ["EMA", "ClipLosses", "GradientCapture", "Interruption", "MotionMonitor", "Preemption", "Samples"]

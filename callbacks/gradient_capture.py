@@ -20,6 +20,7 @@ from muybridge.attribution.store import OK, Part, Stored, StoreWriter, model_dig
 from muybridge.backbones.base import Backbone
 from muybridge.batch import Batch
 from muybridge.diffusion.boundaries import Boundary
+from muybridge.diffusion.conditioning import Conditioning
 from muybridge.diffusion.draws import shared_noise
 from muybridge.diffusion.steps import denoising_step
 from muybridge.errors import UsageError
@@ -34,7 +35,7 @@ class _Clip:
     """What one forward is of."""
 
     clean: Tensor
-    text: Any
+    text: Conditioning
     weights: Optional[Tensor]
 
 
@@ -57,6 +58,7 @@ class GradientCapture(pl.Callback):
         engine: ``parameter`` takes one clip at a time and covers everything; ``batched`` takes a batch at once (not sharded);
             ``sharded`` has all ranks work on the same clip.
         noise_seed: Of the one draw of noise.
+        captions: False takes every clip under the empty caption: what its pixels alone say of a motion, and no word.
         dtype: What vectors are kept in.
         at: Updates of ``fit`` after which a pass is made.
         every: A pass after every so many updates of ``fit``, too.
@@ -71,6 +73,7 @@ class GradientCapture(pl.Callback):
         parameters: Optional[str] = None,
         engine: Literal["parameter", "batched", "sharded"] = "parameter",
         noise_seed: int = 0,
+        captions: bool = True,
         dtype: Stored = "float32",
         at: Sequence[int] = (),
         every: Optional[int] = None,
@@ -88,6 +91,7 @@ class GradientCapture(pl.Callback):
         self.times = list(times) if times is not None else [Boundary(500.0)]
         self.projection = projection if projection is not None else FastfoodProjection()
         self.parameters, self.engine, self.noise_seed, self.dtype = parameters, engine, noise_seed, dtype
+        self.captions = captions
         self.at, self.every = set(at), every
         self._last = -1
         self._checked = False
@@ -215,6 +219,7 @@ class GradientCapture(pl.Callback):
             "noise_seed": self.noise_seed,
             "precision": str(trainer.precision),
             "projection": self.projection.key(),
+            **({} if self.captions else {"captions": False}),
         }
 
     # -- a batch ---------------------------------------------------------------------------------------------------
@@ -231,8 +236,7 @@ class GradientCapture(pl.Callback):
         times: Sequence[float],
     ) -> None:
         backbone: Backbone = module.sampled
-        with torch.no_grad():
-            clean, text = module.clean_latents(batch, backbone), module.text(batch, backbone)
+        clean, text = self._inputs(module, batch)
         noise = shared_noise(tuple(clean.shape[1:]), self.noise_seed).to(clean)
         # A sharded network runs on all ranks or on none, so there what is known is made again and not written.
         collective = any(hasattr(p, "full_tensor") for p in backbone.networks.parameters())
@@ -255,6 +259,13 @@ class GradientCapture(pl.Callback):
                     if there[i]:
                         writer.add(batch.ids[i], part, step, t, vector)
 
+    def _inputs(self, module: Any, batch: Batch) -> tuple[Tensor, Conditioning]:
+        """Latents and text of a batch's clips."""
+        backbone: Backbone = module.sampled
+        with torch.no_grad():
+            clean, text = module.clean_latents(batch, backbone), module.text(batch, backbone)
+            return clean, text if self.captions else backbone.pair_unconditional(text).to(clean.device)
+
     @staticmethod
     def _groups(engine: PerSample, rows: list[int]) -> Iterator[list[int]]:
         if isinstance(engine, BatchedEngine):
@@ -268,8 +279,8 @@ class GradientCapture(pl.Callback):
 
     def collect(
         self, trainer: pl.Trainer, module: Any, datamodule: Any, t: float, count: int, projection: Projection
-    ) -> Tensor:
-        """The vectors of the first training clips at one time, (clips, dim), without a store; in one process.
+    ) -> tuple[Tensor, list[int]]:
+        """The vectors of the first training clips at one time, (clips, dim), and their latent frames; in one process, no store.
 
         Args:
             trainer: Gives precision and device.
@@ -283,19 +294,20 @@ class GradientCapture(pl.Callback):
         engine = ParameterEngine(backbone.networks, self.parameters)
         projection.prepare(engine.sizes)
         found: list[Tensor] = []
+        frames: list[int] = []
         for batch in datamodule.in_order("train"):
             moved = trainer.strategy.batch_to_device(batch, module.device)
-            with torch.no_grad():
-                clean, text = module.clean_latents(moved, backbone), module.text(moved, backbone)
+            clean, text = self._inputs(module, moved)
             noise = shared_noise(tuple(clean.shape[1:]), self.noise_seed).to(clean)
             for row in range(len(batch)):
                 if len(found) < count and (batch.present is None or bool(batch.present[row])):
                     weights = moved.weights[[row]] if moved.weights is not None else None
                     clip = _Clip(clean[[row]], text[[row]], weights)
                     found.append(self.vectors(trainer, backbone, engine, clip, noise, t, projection).cpu())
+                    frames.append(clean.shape[2])
             if len(found) >= count:
                 break
-        return torch.cat(found)
+        return torch.cat(found), frames
 
     def _check(
         self, trainer: pl.Trainer, backbone: Backbone, clip: _Clip, noise: Tensor, t: float, vectors: Tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -37,6 +37,7 @@ class ProvingGroundData(VideoData):
         cache: What ``muybridge cache`` made of these clips.
         selection: Train on these clips only: a .txt file with one id a line, or .csv or .parquet with a column ``id``.
         repeats: How often the clips stand in one epoch.
+        motion_weights: Read motion weights from the cache too.
         batch_size: Clips of a micro-batch, on every rank.
         num_workers: Processes that decode, on every rank.
         seed: The order of an epoch is a function of this seed and the epoch.
@@ -66,6 +67,7 @@ class ProvingGroundData(VideoData):
         cache: Optional[str] = None,
         selection: Optional[str] = None,
         repeats: int = 1,
+        motion_weights: bool = False,
         batch_size: int = 1,
         num_workers: int = 2,
         seed: int = 0,
@@ -75,23 +77,38 @@ class ProvingGroundData(VideoData):
         if clips < 2 or not 0.0 < validation_share < 1.0:
             raise UsageError(f"{clips} clips, {validation_share} of them for validation", "2 or more, a share below 1")
         root = Path(folder)
-        common: dict[str, Any] = dict(cache=cache, selection=selection, repeats=repeats, batch_size=batch_size)
         super().__init__(
             str(root / "train.parquet"),
             str(root / "validation.parquet"),
             frames=frames,
             height=size,
             width=size,
+            cache=cache,
+            selection=selection,
+            repeats=repeats,
+            motion_weights=motion_weights,
+            batch_size=batch_size,
             num_workers=num_workers,
             seed=seed,
             shuffle=shuffle,
             drop_last=drop_last,
-            **common,
         )
         self.folder, self.clips, self.world_seed, self.validation_share = root, clips, world_seed, validation_share
-        kinds = dict(motions=motions, shapes=shapes, colours=colours, textures=textures, backgrounds=backgrounds)
-        some = {name: tuple(given) for name, given in kinds.items() if given is not None}
-        self.world = World(size, frames, 0, anti_leak, camera, distractors, static, backwards, scale=scale, **some)
+        self.world = World.of(
+            size=size,
+            frames=frames,
+            anti_leak=anti_leak,
+            camera=camera,
+            distractors=distractors,
+            static=static,
+            backwards=backwards,
+            motions=motions,
+            shapes=shapes,
+            colours=colours,
+            textures=textures,
+            backgrounds=backgrounds,
+            scale=scale,
+        )
 
     def prepare_data(self) -> None:
         """Write what is not there yet; one process of a machine does."""

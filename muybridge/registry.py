@@ -61,6 +61,7 @@ CALLBACKS: dict[str, str] = {
     "Interruption": "callbacks.interruption",
     "MotionMonitor": "callbacks.motion_monitor",
     "GradientCapture": "callbacks.gradient_capture",
+    "ClipLosses": "callbacks.clip_losses",
 }
 
 ESTIMATORS: dict[str, str] = {
@@ -142,6 +143,12 @@ VERBS: dict[str, Verb] = {
     "customize": Verb("teach a model the motion of one clip, and show it on new subjects", "tool"),
     "demo": Verb("from nothing to a report: sample, distil and judge the proving ground's model, in minutes", "tool"),
     "bench-motion": Verb("the demo's comparisons at full strength, with several seeds, as a table", "tool"),
+    "bench-customize": Verb(
+        "ways to teach a motion from one clip, held against one another on the proving ground, as a table", "tool"
+    ),
+    "bench-attribution": Verb(
+        "what attribution finds, foretells and gives, on clips whose motion is known, as tables", "tool"
+    ),
     "judge": Verb("read clips of the proving ground and score them against their captions", "tool"),
     "tiny": Verb("write a tiny checkpoint with random weights, or toy clips, to try things on", "tool"),
     "proving-ground": Verb("write clips of ten motions whose law, flow and tracks are known", "tool"),

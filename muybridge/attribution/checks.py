@@ -1,4 +1,4 @@
-"""Is it right? How much of a ranking survives the projection, and a single time."""
+"""Is it right? How much of a ranking survives the projection and a single time, what it finds, and what it foretells."""
 
 from __future__ import annotations
 
@@ -83,4 +83,94 @@ def fidelity(
         kept = cosines(out)
         error, theory = np.sqrt(np.mean((kept - true) ** 2)), np.sqrt(np.mean((1 - true**2) ** 2) / dim)
         found.append(Fidelity(projection.kind, dim, rank_correlation(kept, true), float(error), float(theory)))
+    return found
+
+
+def datamodelling(values: np.ndarray, subsets: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """The linear datamodelling score of each query, (queries,).
+
+    Scores foretell that a model that is trained on a subset S has a query's loss the lower, the larger ``Σ_{n in S} score(n, q)``
+    is. The score is the rank correlation of the two over models that were really trained.
+
+    Args:
+        values: Scores, (clips, queries).
+        subsets: Which clips each model was trained on, (models, clips).
+        losses: Loss of each query under each model, (models, queries).
+    """
+    models, queries = losses.shape
+    if models < 3 or subsets.shape != (models, len(values)) or values.shape[1] != queries:
+        raise UsageError(
+            f"scores of shape {values.shape}, subsets of {subsets.shape} and losses of {losses.shape}",
+            "(clips, queries), (models, clips) and (models, queries), with 3 models or more",
+        )
+    foretold = subsets.astype(np.float64) @ values
+    return np.array([rank_correlation(foretold[:, q], -losses[:, q]) for q in range(queries)])
+
+
+def best_first(values: np.ndarray) -> np.ndarray:
+    """Places of the clips from the highest score to the lowest, for each query, (clips, queries); equal ones as they come."""
+    return np.argsort(-values, axis=0, kind="stable")
+
+
+def precision(values: np.ndarray, relevant: np.ndarray, count: int) -> np.ndarray:
+    """Share of the ``count`` best clips of each query that are relevant to it, (queries,).
+
+    Args:
+        values: Scores, (clips, queries).
+        relevant: Which clips are relevant to which query, (clips, queries).
+        count: How many of the best.
+    """
+    return np.take_along_axis(relevant, best_first(values), 0)[:count].mean(0)
+
+
+def ndcg(values: np.ndarray, relevant: np.ndarray, count: int) -> np.ndarray:
+    """``Σ_i rel_i / log2(i + 1)`` over the ``count`` best clips, against its largest possible value, (queries,)."""
+    discount = 1.0 / np.log2(np.arange(count) + 2.0)
+    found = (np.take_along_axis(relevant, best_first(values), 0)[:count] * discount[:, None]).sum(0)
+    most = np.array([discount[: int(n)].sum() for n in np.minimum(relevant.sum(0), count)])
+    return np.divide(found, most, out=np.zeros_like(found), where=most > 0)
+
+
+@dataclass(frozen=True)
+class LengthBias:
+    """What the length of clips does to a score.
+
+    Args:
+        score: ``dot``, ``dot, with 1/F`` or ``cosine``.
+        lengths: Rank correlation of a clip's length with its mean score for all others.
+        alike: Share of each clip's best tenth that have its own length.
+        chance: That share among all others.
+    """
+
+    score: str
+    lengths: float
+    alike: float
+    chance: float
+
+
+def length_bias(products: np.ndarray, frames: Sequence[int], per_frame: bool = True) -> list[LengthBias]:
+    """How scores depend on the length of clips, with and without the factor 1/F of the loss, and as cosines.
+
+    Args:
+        products: Inner products of the clips' gradients, (clips, clips).
+        frames: Latent frames of each clip.
+        per_frame: Whether the loss of these gradients had the factor.
+    """
+    length = np.asarray(frames, np.float64)
+    with_factor = products if per_frame else products / np.outer(length, length)
+    norms = np.sqrt(np.diag(with_factor))
+    scores = {
+        "dot": with_factor * np.outer(length, length),
+        "dot, with 1/F": with_factor,
+        "cosine": with_factor / np.outer(norms, norms),
+    }
+    count = len(length)
+    others = ~np.eye(count, dtype=bool)
+    same = (length[:, None] == length[None]) & others
+    found = []
+    for name, score in scores.items():
+        ranked = best_first(np.where(others, score, -np.inf))[: max(1, (count - 1) // 10)]
+        alike = float(np.take_along_axis(same, ranked, 0).mean())
+        mean = np.where(others, score, 0.0).sum(1) / (count - 1)
+        found.append(LengthBias(name, rank_correlation(mean, length), alike, float(same.sum() / others.sum())))
     return found

@@ -13,7 +13,7 @@ from pathlib import Path
 from muybridge.cli.parts import Part
 from muybridge.errors import UsageError, did_you_mean
 from muybridge.proving_ground.scene import World
-from muybridge.proving_ground.small import as_options
+from muybridge.proving_ground.small import SMALL, as_options
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,25 @@ class Setting:
         """About how many clips are judged of each method."""
         return round(self.clips * self.validation)
 
+    @property
+    def truth(self) -> Path:
+        """What videos are judged by."""
+        return self.prompts
+
+    @property
+    def judging(self) -> list[str]:
+        """Further options of the judge of videos."""
+        return []
+
+    @property
+    def pace(self) -> float:
+        """Seconds of one update, as far as that is known."""
+        return 1.2
+
+    def asked(self, method: Method) -> Path:
+        """The prompts that a method is given."""
+        return self.prompts
+
     def scores(self, method: Method) -> Path:
         """Where the judge's table of a method is."""
         return self.root / method.name / "scores.json"
@@ -159,6 +178,8 @@ class Setting:
             f"--data.clips={self.clips}",
             f"--data.validation_share={self.validation}",
             f"--data.world_seed={self.seed}",
+            # The configs speak of the model's own world.
+            *as_options(self.world, SMALL, "--data."),
         ]
 
     def draw(self) -> Part:
@@ -187,13 +208,13 @@ class Setting:
                     f"{self.label}{method.name}.fit",
                     f"{method.title}: {self.updates} updates",
                     arguments,
-                    8.0 + 1.2 * self.updates,
+                    8.0 + self.pace * self.updates,
                 )
             )
         judged = ["judge", f"--videos={self.folder / 'validation.parquet'}"]
         if method.config:
             last = ["--ckpt_path=last"] if method.trained else []
-            where = [f"--prompts={self.prompts}", f"--out={here / 'videos'}"]
+            where = [f"--prompts={self.asked(method)}", f"--out={here / 'videos'}"]
             more = [f"--seed={self.seed}", f"--batch_size={self.batch_size}"]
             parts.append(
                 Part(
@@ -203,7 +224,7 @@ class Setting:
                     4.0 + 0.008 * method.forwards * self.judged,
                 )
             )
-            judged = ["judge", f"--videos={here / 'videos'}", f"--prompts={self.prompts}"]
+            judged = ["judge", f"--videos={here / 'videos'}", f"--prompts={self.truth}", *self.judging]
         parts.append(
             Part(
                 f"{self.label}{method.name}.judge",

@@ -30,6 +30,22 @@ def shown(values: Sequence[float]) -> str:
     return head if len(values) == 1 else f"{head} ± {number(spread(values))}"
 
 
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
+
+
+def write_results(root: Path, markdown: str, data: dict[str, Any]) -> tuple[Path, Path]:
+    """``results.md`` for people and ``results.json`` for programs, each whole or not at all."""
+    files = root / "results.md", root / "results.json"
+    for file, text in zip(files, (markdown, json.dumps(data, indent=2) + "\n"), strict=True):
+        temporary = file.with_name(f".{file.name}.{os.getpid()}")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, file)
+    return files
+
+
 class Scoreboard:
     """What is known so far of some methods under some seeds.
 
@@ -55,14 +71,13 @@ class Scoreboard:
 
     def write(self, root: Path) -> tuple[Path, Path]:
         """``results.md`` and ``results.json``."""
+        data = {"about": self.about(), "methods": self.entries()}
+        return write_results(root, self.markdown(data), data)
+
+    def entries(self) -> list[dict[str, Any]]:
+        """What is known of every method."""
         compared = self.compared()
-        data = {"about": self.about(), "methods": [self.of(method, compared) for method in self.methods]}
-        files = root / "results.md", root / "results.json"
-        for file, text in zip(files, (self.markdown(data), json.dumps(data, indent=2) + "\n"), strict=True):
-            temporary = file.with_name(f".{file.name}.{os.getpid()}")
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, file)
-        return files
+        return [self.of(method, compared) for method in self.methods]
 
     def about(self) -> dict[str, Any]:
         """What was run, on what."""
@@ -103,12 +118,6 @@ class Scoreboard:
     def markdown(self, data: dict[str, Any]) -> str:
         """The table for people."""
         about = data["about"]
-        columns = ["method", *FIGURES.values(), "distance", "seeds"]
-        lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-        for entry in data["methods"]:
-            seeds = entry["seeds"].values()
-            cells = [shown([seed[name]["value"] for seed in seeds]) for name in (*FIGURES, "distance")]
-            lines.append(f"| {' | '.join([entry['title'], *cells, str(len(seeds))])} |")
         return "\n".join(
             [
                 "# What becomes of motion",
@@ -118,7 +127,17 @@ class Scoreboard:
                 f"Mean ± standard deviation over seeds; {about['judged']} clips and {about['updates']} updates of each method"
                 " under each seed. docs/proving-ground.md says what the figures are.",
                 "",
-                *lines,
+                *self.lines(data["methods"]),
                 "",
             ]
         )
+
+    @staticmethod
+    def lines(entries: Sequence[dict[str, Any]]) -> list[str]:
+        """A line a method, under a heading."""
+        rows = []
+        for entry in entries:
+            seeds = entry["seeds"].values()
+            cells = [shown([seed[name]["value"] for seed in seeds]) for name in (*FIGURES, "distance")]
+            rows.append([entry["title"], *cells, str(len(seeds))])
+        return table(["method", *FIGURES.values(), "distance", "seeds"], rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -194,53 +194,72 @@ class Attribution:
         """Where all of it goes."""
         return self.setting.root / "attribution"
 
-    def parts(self) -> list[Part]:
-        """Cache clips with their motion weights, project gradients, select."""
+    def table(self, part: str) -> Path:
+        """The clips of ``train``, which are the candidates, or of ``validation``, which are the queries."""
+        return self.setting.folder / f"{part}.parquet"
+
+    @property
+    def common(self) -> list[str]:
+        """What follows every verb that takes the clips."""
         s = self.setting
-        tables = {part: s.folder / f"{part}.parquet" for part in ("train", "validation")}
-        common = [
+        return [
             "-c",
             TEACHER,
             f"--seed_everything={s.seed}",
             f"--model.backbone.path={s.model}",
             "--data=VideoData",
-            f"--data.videos={tables['train']}",
-            f"--data.validation={tables['validation']}",
+            f"--data.videos={self.table('train')}",
+            f"--data.validation={self.table('validation')}",
             f"--data.frames={s.world.frames}",
             f"--data.height={s.world.size}",
             f"--data.width={s.world.size}",
             "--data.batch_size=16",
             "--data.num_workers=0",
         ]
+
+    def cache(self) -> Part:
+        """Latents, texts and motion weights."""
+        return Part(
+            f"{self.setting.label}attribution.cache",
+            "attribution: clips encoded, with weights where they move",
+            ("cache", *self.common, f"--out={self.root / 'cache'}", "--motion=DIS"),
+            5.0 + 0.14 * self.setting.clips,
+        )
+
+    def gradients(self, store: str = "store", what: str = "", more: Sequence[str] = ()) -> Part:
+        """Projected gradients of all clips.
+
+        Args:
+            store: Its folder, and the end of the part's name.
+            what: Said of them.
+            more: Further options.
+        """
         capture = [
             f"--data.cache={self.root / 'cache'}",
             "--data.motion_weights=true",
             "--trainer.callbacks+=GradientCapture",
-            f"--trainer.callbacks.out={self.root / 'store'}",
+            f"--trainer.callbacks.out={self.root / store}",
         ]
+        return Part(
+            f"{self.setting.label}attribution.{'gradients' if store == 'store' else store}",
+            f"attribution: projected gradients of {self.setting.clips} clips{what}",
+            ("attribute", *self.common, *capture, *more),
+            5.0 + 0.1 * self.setting.clips,
+        )
+
+    def parts(self) -> list[Part]:
+        """Cache clips with their motion weights, project gradients, select."""
         select = [
             f"--store={self.root / 'store'}",
             "--top=20%",
-            f"--videos={tables['train']}",
-            f"--query_videos={tables['validation']}",
+            f"--videos={self.table('train')}",
+            f"--query_videos={self.table('validation')}",
             f"--out={self.root / 'selection.parquet'}",
             f"--report={self.root / 'report.html'}",
         ]
-        return [
-            Part(
-                "attribution.cache",
-                "attribution: clips encoded, with weights where they move",
-                ("cache", *common, f"--out={self.root / 'cache'}", "--motion=DIS"),
-                5.0 + 0.14 * s.clips,
-            ),
-            Part(
-                "attribution.gradients",
-                f"attribution: projected gradients of {s.clips} clips",
-                ("attribute", *common, *capture),
-                5.0 + 0.1 * s.clips,
-            ),
-            Part("attribution.select", "attribution: the clips that help most", ("select", *select), 3.0),
-        ]
+        name = f"{self.setting.label}attribution.select"
+        chosen = Part(name, "attribution: the clips that help most", ("select", *select), 3.0)
+        return [self.cache(), self.gradients(), chosen]
 
     def section(self, done: Mapping[str, Done]) -> Section:
         """Queries beside what helps them most, and how often that shows the same motion or look."""

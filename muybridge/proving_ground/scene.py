@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -95,6 +96,11 @@ class World:
                 "pairs for training and pairs that are kept for validation: one in four is",
                 "name more shapes or colours",
             )
+
+    @classmethod
+    def of(cls, **settings: Any) -> World:
+        """A world from options, of which one that is ``None`` was not given: all of a kind, or what is usual."""
+        return cls(**{name: given for name, given in settings.items() if given is not None})
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,17 @@ SMALL = World(
 )
 
 
-def as_options(world: World) -> list[str]:
-    """What `muybridge proving-ground` is told to draw this world; what is as usual is left out."""
-    usual, options = World(), []
+def as_options(world: World, usual: World | None = None, before: str = "--") -> list[str]:
+    """What `muybridge proving-ground` is told to draw this world; what is as usual is left out.
+
+    Args:
+        world: The one that is wanted.
+        usual: The one that is drawn where nothing is said; ``World()`` where not given.
+        before: Goes before the name of each option.
+    """
+    usual, options = usual or World(), []
     for field in fields(World):
         value = getattr(world, field.name)
         if value != getattr(usual, field.name):
-            options.append(f"--{field.name}={json.dumps(value) if not isinstance(value, str) else value}")
+            options.append(f"{before}{field.name}={json.dumps(value) if not isinstance(value, str) else value}")
     return options

@@ -128,6 +128,17 @@ def test_batches_change_nothing(
         same(vectors(tmp_path / "s", part), vectors(reference, part))
 
 
+def test_without_captions_all_clips_have_the_empty_one(reference: Path, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    path, options = str(tiny_checkpoint("wan")), {"data": {"count": 2}, "times": [Boundary(300.0)]}
+    go(path, str(tmp_path / "without"), captions=False, **options)
+    go(path, str(tmp_path / "empty"), **{**options, "data": {"count": 2, "prompt": ""}})
+    found = vectors(tmp_path / "without")
+    same(found, vectors(tmp_path / "empty"))
+    assert all(not np.allclose(v, vectors(reference)[k], rtol=0.01) for k, v in found.items()), "captions tell"
+    with pytest.raises(UsageError, match="captions is False there and None here"):
+        go(path, str(tmp_path / "without"), **options)
+
+
 class CountSends:
     """Counts the numbers that FSDP2 gathers and reduces."""
 

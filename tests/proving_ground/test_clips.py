@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -200,6 +202,28 @@ def test_the_datamodule_serves_held_out_appearances_for_validation(tmp_path: Pat
     other = ProvingGroundData(str(tmp_path / "w"), clips=24, validation_share=0.3, size=32, world_seed=1)
     with pytest.raises(UsageError, match="seed"):
         other.setup("fit")
+
+
+def test_motion_weights_come_from_the_cache(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]):
+    options: dict[str, Any] = dict(clips=4, validation_share=0.5, size=16, frames=5, batch_size=2, num_workers=0)
+    root = str(tmp_path / "w")
+    ProvingGroundData(root, **options).setup("fit")
+    model = ["--model=Finetuning", "--model.losses=[Denoising]", "--model.backbone=Pretrained"]
+    model += [f"--model.backbone.path={tiny_checkpoint('wan')}"]
+    data = ["--data=ProvingGroundData", *(f"--data.{name}={value}" for name, value in options.items())]
+    where = [f"--data.folder={root}", f"--out={tmp_path / 'cache'}", "--motion=DIS", "--weights.floor=0.0"]
+    assert main(["cache", *model, *data, *where]) == 0
+    with pytest.raises(UsageError, match="there is no cache to read them from"):
+        ProvingGroundData(root, motion_weights=True, **options)
+    read = ProvingGroundData(root, motion_weights=True, cache=str(tmp_path / "cache"), **options)
+    read.setup("fit")
+    for batch in (*read.train_dataloader(), *read.val_dataloader()):
+        assert batch.weights.shape == (len(batch), 1, *batch.latents.shape[2:])
+        assert float(batch.weights.max()) > 0.1
+
+
+def test_what_is_not_given_of_a_world_is_as_usual():
+    assert World.of(size=32, motions=None, shapes=["disk", "star"]) == World(32, shapes=("disk", "star"))
 
 
 def test_a_world_may_have_some_of_everything():

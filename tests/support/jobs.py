@@ -30,8 +30,8 @@ SHAPES = {
 class Latents(Dataset[Batch]):
     """Latents that are a function of their id, with captions."""
 
-    def __init__(self, shape: tuple[int, ...], count: int) -> None:
-        self.shape, self.count = shape, count
+    def __init__(self, shape: tuple[int, ...], count: int, prompt: str | None = None) -> None:
+        self.shape, self.count, self.prompt = shape, count, prompt
 
     def __len__(self) -> int:
         return self.count
@@ -39,18 +39,26 @@ class Latents(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         name = f"clip-{index:03d}"
         latents = keyed_noise(self.shape, 0, name)
-        return Batch(ids=[name], latents=latents[None], prompts=[f"a dog number {index % 3}"])
+        prompt = self.prompt if self.prompt is not None else f"a dog number {index % 3}"
+        return Batch(ids=[name], latents=latents[None], prompts=[prompt])
 
 
 class LatentClips(ResumableData):
     """A datamodule of :class:`Latents`."""
 
-    def __init__(self, shape: tuple[int, ...], count: int = 8, batch_size: int = 2, num_workers: int = 0) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        count: int = 8,
+        batch_size: int = 2,
+        num_workers: int = 0,
+        prompt: str | None = None,
+    ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=0)
-        self.shape, self.count = shape, count
+        self.shape, self.count, self.prompt = shape, count, prompt
 
     def train_dataset(self) -> Latents:
-        return Latents(self.shape, self.count)
+        return Latents(self.shape, self.count, self.prompt)
 
     def val_dataloader(self) -> Any:
         return DataLoader(Latents(self.shape, 4), batch_size=self.batch_size, collate_fn=collate)

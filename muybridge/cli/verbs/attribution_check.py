@@ -1,7 +1,9 @@
-"""Is an attribution right? Tables of what projection and a single time do to a ranking."""
+"""Is an attribution right? Tables of what projection, a single time and the length of clips do to a ranking."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Optional
 
@@ -24,7 +26,8 @@ def attribution_check(
 ) -> None:
     """Compare the ranking of clip pairs by projected gradients with that by full ones, and by one time with that by many.
 
-    Settings are those of callbacks.GradientCapture among the config's callbacks, as for `muybridge attribute`.
+    Settings are those of callbacks.GradientCapture among the config's callbacks, as for `muybridge attribute`. Where clips have
+    several lengths (data.buckets), also what length does to scores, with and without the factor 1/F.
 
     Args:
         trainer: Says which device and precision; holds the callback.
@@ -32,31 +35,34 @@ def attribution_check(
         datamodule: Its first training clips are compared.
         ckpt_path: A checkpoint to load first; the model as it is where not given.
         clips: How many clips.
-        dims: Numbers of a vector.
+        dims: Numbers of a vector; none leaves projections out.
         times: How many times, spread evenly, the one time of the callback is compared with; 0 leaves that out.
         memory_gib: Full gradients may take so much memory.
-        out: A Markdown file for the tables; printed anyway.
+        out: A Markdown file for the tables, which are printed anyway; the numbers go to a .json file beside it.
     """
     from callbacks.gradient_capture import GradientCapture
 
     found = [callback for callback in trainer.callbacks if isinstance(callback, GradientCapture)]
     capture = found[0] if found else GradientCapture()
     trainer.datamodule, datamodule.trainer = datamodule, trainer
-    text = trainer.run_with(
-        model, lambda: _tables(trainer, model, datamodule, capture, clips, dims, times, memory_gib), ckpt_path
+    data = trainer.run_with(
+        model, lambda: _measured(trainer, model, datamodule, capture, clips, dims, times, memory_gib), ckpt_path
     )
+    text = markdown(data)
     print(text)
     if out is not None:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(text + "\n", encoding="utf-8")
+        file = Path(out)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n", encoding="utf-8")
+        file.with_suffix(".json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
-def _tables(
+def _measured(
     trainer: Any, model: Any, datamodule: Any, capture: Any, clips: int, dims: list[int], times: int, memory_gib: float
-) -> str:
+) -> dict[str, Any]:
     import numpy as np
 
-    from muybridge.attribution.checks import cosines, fidelity, rank_correlation
+    from muybridge.attribution.checks import cosines, fidelity, length_bias, rank_correlation
     from muybridge.attribution.projection import (
         CountSketchProjection,
         FastfoodProjection,
@@ -75,29 +81,52 @@ def _tables(
             "fewer --clips, or parameters",
         )
     time = capture.times[0].resolve(backbone.schedule)
-    full = capture.collect(trainer, model, datamodule, time, clips, NoProjection())
+    full, frames = capture.collect(trainer, model, datamodule, time, clips, NoProjection())
     gradients, first = {}, 0
     for name, size in sizes.items():
         gradients[name], first = full[:, first : first + size], first + size
-    lines = [
-        f"{len(full)} clips, {full.shape[1]:,} parameters, timestep {time:g}",
-        "",
-        "| projection | D' | rank correlation | rms error of cosines | 1/√D' law |",
-        "|---|---|---|---|---|",
-    ]
-    for kind in (FastfoodProjection, SRHTProjection, CountSketchProjection):
-        for row in fidelity(gradients, kind, dims):
-            lines.append(
-                f"| {row.projection} | {row.dim} | {row.correlation:.3f} | {row.error:.4f} | {row.theory:.4f} |"
-            )
+    kinds = (FastfoodProjection, SRHTProjection, CountSketchProjection)
+    data: dict[str, Any] = {
+        "clips": len(full),
+        "parameters": full.shape[1],
+        "time": time,
+        "fidelity": [asdict(row) for kind in kinds if dims for row in fidelity(gradients, kind, dims)],
+    }
+    if len(set(frames)) > 1:
+        products = (full.double() @ full.double().T).numpy()
+        data["length_bias"] = [
+            asdict(row) for row in length_bias(products, frames, getattr(capture.loss, "per_frame", False))
+        ]
     if times > 1:
         one = cosines(full)
         spread = [Boundary((i + 0.5) / times, "sigma").resolve(backbone.schedule) for i in range(times)]
-        each = [cosines(capture.collect(trainer, model, datamodule, t, clips, NoProjection())) for t in spread]
-        mean = np.mean(each, axis=0)
-        said = ", ".join(f"{t:g}" for t in spread)
+        each = [cosines(capture.collect(trainer, model, datamodule, t, clips, NoProjection())[0]) for t in spread]
+        data["times"] = {"times": spread, "correlation": rank_correlation(one, np.mean(each, axis=0))}
+    return data
+
+
+def markdown(data: dict[str, Any]) -> str:
+    """The tables of what was measured."""
+    lines = [f"{data['clips']} clips, {data['parameters']:,} parameters, timestep {data['time']:g}"]
+    if data["fidelity"]:
         lines += [
             "",
-            f"One time ({time:g}) with the mean of {times} ({said}): rank correlation {rank_correlation(one, mean):.3f}",
+            "| projection | D' | rank correlation | rms error of cosines | 1/√D' law |",
+            "|---|---|---|---|---|",
         ]
+    for row in data["fidelity"]:
+        said = f"{row['correlation']:.3f} | {row['error']:.4f} | {row['theory']:.4f}"
+        lines.append(f"| {row['projection']} | {row['dim']} | {said} |")
+    if "times" in data:
+        said = ", ".join(f"{t:g}" for t in data["times"]["times"])
+        count, kept = len(data["times"]["times"]), data["times"]["correlation"]
+        lines += ["", f"One time ({data['time']:g}) with the mean of {count} ({said}): rank correlation {kept:.3f}"]
+    if "length_bias" in data:
+        lines += [
+            "",
+            "| score | rank correlation of length and mean score | share of the best tenth of its own length | by chance |",
+            "|---|---|---|---|",
+        ]
+        for row in data["length_bias"]:
+            lines.append(f"| {row['score']} | {row['lengths']:.3f} | {row['alike']:.3f} | {row['chance']:.3f} |")
     return "\n".join(lines)

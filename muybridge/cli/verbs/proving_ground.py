@@ -68,9 +68,22 @@ def proving_ground(
     from muybridge.proving_ground.files import write_clips
     from muybridge.proving_ground.scene import World
 
-    kinds = dict(motions=motions, shapes=shapes, colours=colours, textures=textures, backgrounds=backgrounds)
-    some = {name: tuple(given) for name, given in kinds.items() if given is not None}
-    world = World(size, frames, longest, anti_leak, camera, distractors, static, backwards, scale=scale, **some)
+    world = World.of(
+        size=size,
+        frames=frames,
+        longest=longest,
+        anti_leak=anti_leak,
+        camera=camera,
+        distractors=distractors,
+        static=static,
+        backwards=backwards,
+        motions=motions,
+        shapes=shapes,
+        colours=colours,
+        textures=textures,
+        backgrounds=backgrounds,
+        scale=scale,
+    )
     with Progress("clips", clips, every=10.0) as progress:
         drawn = write_clips(out, world, clips, seed, validation, fps, truth, progress.advance)
     kept = sum(scene.appearance.held_out for scene in drawn)
