@@ -7,8 +7,9 @@
 A cycle is five updates of the critic and one of the student. Every pass through a network is counted while it runs (whose, how
 large a batch, with gradients or without); after every cycle the same passes are timed alone, in the same process, and added up.
 Reported are cycle / sum of passes (at most 1.10 is wanted), the share of a cycle that motion score matching takes (at most 1 %),
-and for roles as copies and as adapters on one base the bytes of weights and the peak memory. Each way of holding the roles runs
-in a process of its own. Writes benchmarks/results/distill-<size>-<device>.json.
+the share of the device's own rate of matrix products that a cycle achieves, and for roles as copies and as adapters on one base
+the bytes of weights and the peak memory. Each way of holding the roles runs in a process of its own. Writes
+benchmarks/results/distill-<size>-<device>.json.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,7 @@ def measure(size: str, roles: str) -> dict[str, Any]:
     import lightning.pytorch as pl
     import torch
     from torch.utils.data import Dataset
+    from torch.utils.flop_counter import FlopCounterMode
 
     from datamodules.base import ResumableData
     from lightning_modules import Clips, Distillation
@@ -127,21 +130,47 @@ def measure(size: str, roles: str) -> dict[str, Any]:
                 # Next to the cycle in time: on a machine that others use too, an hour's passes are not another hour's.
                 self.alone.append({kind: pass_alone(*kind) for kind in sorted(sum(self.passes[-5:], Counter()))})
 
-    def pass_alone(role: Any, batch: int, grad: bool) -> float:
-        """Seconds of one kind of pass by itself."""
-        device, spent = job.device, []
+    def pass_maker(role: Any, batch: int, grad: bool) -> Callable[[], None]:
+        """One kind of pass by itself."""
+        device = job.device
         z = torch.randn(batch, *job.latent_shape(), device=device)
         t, text = torch.full((batch,), 700.0, device=device), empty.expand(batch).to(device)
-        with real(job, role) as backbone, torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-            for _ in range(2 if large else 4):
-                start = now()
-                with torch.set_grad_enabled(grad):
-                    out = backbone(z, t, text)
-                    if grad:
-                        out.float().square().mean().backward()
-                spent.append(now() - start)
-                job.zero_grad(set_to_none=True)
+
+        def once() -> None:
+            mixed = torch.autocast(device.type, torch.bfloat16, enabled=on_gpu)
+            with real(job, role) as backbone, mixed, torch.set_grad_enabled(grad):
+                out = backbone(z, t, text)
+                if grad:
+                    out.float().square().mean().backward()
+
+        return once
+
+    def pass_alone(role: Any, batch: int, grad: bool) -> float:
+        """Its seconds."""
+        once, spent = pass_maker(role, batch, grad), []
+        for _ in range(2 if large else 4):
+            start = now()
+            once()
+            spent.append(now() - start)
+            job.zero_grad(set_to_none=True)
         return statistics.median(spent[1:])
+
+    def operations(role: Any, batch: int, grad: bool) -> int:
+        """Its floating point operations in products of matrices, recomputed activations among them."""
+        with FlopCounterMode(display=False) as counter:
+            pass_maker(role, batch, grad)()
+        job.zero_grad(set_to_none=True)
+        return int(counter.get_total_flops())
+
+    def matrix_rate() -> float:
+        """Operations a second of this device in one product of large square matrices, in the dtype of the passes."""
+        size = 8192 if on_gpu else 1024
+        matrix, spent = torch.randn(size, size, device=job.device, dtype=torch.bfloat16 if on_gpu else None), []
+        for _ in range(6):
+            start = now()
+            matrix @ matrix
+            spent.append(now() - start)
+        return float(2.0 * size**3 / statistics.median(spent[1:]))
 
     with tempfile.TemporaryDirectory() as folder:
         path = write_checkpoint(Path(folder), shape["network"])
@@ -241,6 +270,8 @@ def measure(size: str, roles: str) -> dict[str, Any]:
             total: Counter[tuple[str, int, bool]] = sum(per_iteration[first : first + 5], Counter())
             bare.append(sum(clock.alone[first // 5][kind] * number for kind, number in total.items()))
             ratios.append(cycles[-1] / bare[-1])
+        work = sum(operations(*kind) * number for kind, number in total.items())
+        rate = matrix_rate()
         return {
             "roles": roles,
             "cycle_s": round(statistics.median(cycles), 4),
@@ -254,6 +285,9 @@ def measure(size: str, roles: str) -> dict[str, Any]:
             "weights_mib": round(weights / 2**20, 1),
             "peak_memory_mib": round(peak / 2**20, 1),
             "peak_memory_of": "device" if on_gpu else "process (resident)",
+            "teraflop_of_a_cycle": round(work / 1e12, 4),
+            "matrix_teraflop_s": round(rate / 1e12, 3),
+            "share_of_matrix_rate": round(work / cycles[-1] / rate, 3),
             "tokens": math.prod(latents[1:]) // 4,
             "parameters": sum(p.numel() for p in job.teacher.parameters()),
             "passes_of_a_cycle": {f"{r} batch {b} {'train' if g else 'infer'}": n for (r, b, g), n in total.items()},

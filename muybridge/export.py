@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -47,6 +48,13 @@ def export_pipeline(backbone: Backbone, out: str, steps: Optional[Sequence[float
             "an adapter is still on the network",
             "its own export, or merge_adapter first",
             "a pipeline directory holds plain weights",
+        )
+
+    if backbone.causal is not None:
+        warnings.warn(
+            f"{out} holds a causal student: load it here, with causal in the backbone's settings; diffusers' own pipeline knows"
+            " nothing of blocks and makes poor clips with it",
+            stacklevel=2,
         )
 
     def few_steps(partial: Path, index: dict[str, Any]) -> None:

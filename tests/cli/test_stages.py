@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -53,8 +54,10 @@ def test_three_stages_in_a_row_each_killed_and_gone_on_with(
     def killed_and_whole(name: str, *config: str) -> list[str]:
         """A run that was killed and gone on with, and one that was not, are one; its options."""
         run = [*config, "-c=often.yaml", *QUIET]
-        fit = ["fit", *run, "--trainer.max_steps=5"]
-        kill_once_saved(tmp_path / name, *fit, f"--trainer.default_root_dir={name}", cwd=tmp_path)
+        fit = ["fit", *run, f"--trainer.default_root_dir={name}"]
+        kill_once_saved(tmp_path / name, *fit, "--trainer.max_steps=1000", cwd=tmp_path)
+        saved = torch.load(newest(tmp_path / name), weights_only=True)["global_step"]
+        fit = ["fit", *run, f"--trainer.max_steps={saved + 2}"]
         for root, more in ((name, ["--ckpt_path=last"]), (f"{name}-whole", [])):
             result = command(*fit, f"--trainer.default_root_dir={root}", *more)
             assert result.code == 0, result.err
@@ -72,21 +75,18 @@ def test_three_stages_in_a_row_each_killed_and_gone_on_with(
     assert result.code == 0, result.err
 
     two = killed_and_whole("two", *stage2, "--data.path=paths")
-    predicted = command(
-        "predict", *two, "--trainer.callbacks+=Samples", "--data=PromptData", "--data.prompts=prompts.txt"
-    )
-    assert predicted.code == 0, predicted.err
-    assert len(list(tmp_path.rglob("predictions/*.mp4"))) == 2
-    assert command("export", *two, "--out=causal").code == 0
+    with pytest.warns(UserWarning, match="causal holds a causal student"):
+        assert command("export", *two, "--out=causal").code == 0
     second = named("causal")
     averages = weights(tmp_path / "two", "average.backbone__")
     assert averages.keys() == second.keys()
     assert all(torch.equal(averages[name], weight) for name, weight in second.items())
 
     three = killed_and_whole("three", *stage3)
-    # Three updates of at most about 1e-4 each, from where the second stage ended and not from where it began.
     trained = {n.replace(".", "__"): w for n, w in weights(tmp_path / "three", "own_student.").items()}
-    assert 0.0 < furthest(trained, second) < 5e-4 < furthest(trained, named(wan))
+    assert 0.0 < furthest(trained, second) < 0.5 * furthest(trained, named(wan)), (
+        "it began where the second stage ended"
+    )
     assert command("sample", *three, "--prompts=prompts.txt", "--out=videos").code == 0
     assert {p.name for p in Path("videos").iterdir()} >= {"0000-a-dog-runs.mp4", "0001-a-cat-sleeps.mp4", "sheet.png"}
     assert command("export", *three, "--out=student").code == 0
