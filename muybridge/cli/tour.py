@@ -10,11 +10,11 @@ from pathlib import Path
 
 from datamodules.prompts import prompt_id
 from muybridge.cli.comparison import FIGURES, commands
+from muybridge.cli.lessons import other_subjects
 from muybridge.cli.methods import TEACHER, Setting
 from muybridge.cli.parts import Done, Part
 from muybridge.metrics.base import share
 from muybridge.proving_ground import MOTIONS, join_caption, look_of, motion_of, split_caption
-from muybridge.proving_ground.captions import subject_words
 from muybridge.proving_ground.scene import World, draw_scene
 from muybridge.proving_ground.score_files import read_scores
 from muybridge.proving_ground.small import as_options
@@ -64,11 +64,8 @@ class Customization:
     @cached_property
     def wanted(self) -> list[str]:
         """The same motion of subjects that share neither shape nor colour with the clip's; spread over both."""
-        (its_shape, its_colour), how = look_of(self.caption), split_caption(self.caption)[1]
-        shapes = [shape for shape in self.world.shapes if shape != its_shape]
-        colours = [colour for colour in self.world.colours if colour != its_colour]
-        pairs = [(shapes[i % len(shapes)], colours[i % len(colours)]) for i in range(len(shapes) * len(colours))]
-        return [join_caption(subject_words(*pair), how) for pair in dict.fromkeys(pairs)][: self.count]
+        how = split_caption(self.caption)[1]
+        return [join_caption(subject, how) for subject in other_subjects(self.world, self.caption, self.count)]
 
     def name(self, index: int, way: str) -> str:
         """Of a video, as `muybridge customize` calls it."""

@@ -132,7 +132,7 @@ def draw(folder: Path, cells: Sequence[Cell], parts: Sequence[dict[str, Any]]) -
             for axis, (key, title) in zip(axes, what.items(), strict=True):
                 _heat(pyplot, axis, some, key)
                 axis.set(title=title, xlabel="tampering begins at time", ylabel="tampering ends at time")
-            made.append(_save(pyplot, figure, folder / f"heatmap-{name}.png"))
+            made.append(save_figure(figure, folder / f"heatmap-{name}.png"))
         figure, axes = pyplot.subplots(2, 2, figsize=(9.6, 5.6), sharex="col")
         for column, unit in enumerate(("timestep", "logSNR")):
             for row, (key, title) in enumerate(what.items()):
@@ -148,7 +148,7 @@ def draw(folder: Path, cells: Sequence[Cell], parts: Sequence[dict[str, Any]]) -
                         axes[row][column].axvline(place, color="black", lw=1, ls="--")
             axes[1][column].set_xlabel(unit + (" (1000 is noise)" if column == 0 else ""))
         axes[0][0].legend(frameon=False, fontsize=8, title="tampered", title_fontsize=8)
-        made.append(_save(pyplot, figure, folder / f"curves-{name}.png"))
+        made.append(save_figure(figure, folder / f"curves-{name}.png"))
     return made
 
 
@@ -168,7 +168,10 @@ def _heat(pyplot: Any, axis: Any, cells: Sequence[Cell], key: str) -> None:
     pyplot.colorbar(picture, ax=axis)
 
 
-def _save(pyplot: Any, figure: Any, path: Path) -> Path:
+def save_figure(figure: Any, path: Path) -> Path:
+    """Under a temporary name, then renamed; the figure is closed."""
+    from matplotlib import pyplot
+
     figure.tight_layout()
     partial = path.with_name(f".{path.stem}.{os.getpid()}.png")
     figure.savefig(partial, dpi=120)
