@@ -22,7 +22,7 @@ from muybridge.backbones.taps import AttentionTap, Kind
 from muybridge.diffusion.schedules import broadcast_time
 from muybridge.diffusion.steps import DenoisingStep
 from muybridge.errors import UsageError
-from muybridge.losses.base import Loss
+from muybridge.losses.base import Loss, per_sample
 
 STAGES = ("transformer_in", "down_blocks", "mid_block")
 """Parts of a UNet in the order in which they run; what is in none of them runs after these."""
@@ -103,10 +103,14 @@ class FrozenAttention(Loss):
             with torch.no_grad():
                 tap.run(lambda: backbone.denoise(true, later, step.conditioning))
                 wanted = list(tap.records)
-            tap.run(lambda: backbone.denoise(predicted, later, step.conditioning))
+            prediction = tap.run(lambda: backbone.denoise(predicted, later, step.conditioning))
             found = list(tap.records)
         tap.records.clear()
         value = self.compare(found, wanted)
+        if prediction is not None:
+            # FSDP gathers the weights of a block again when the gradient of its output arrives, and that of the last one that is
+            # read would reach its attention alone.
+            value = value + 0.0 * per_sample(prediction)
         return torch.where(counts, value, torch.zeros_like(value))
 
     def latents(self, step: DenoisingStep) -> tuple[Tensor, Tensor, Tensor]:
