@@ -13,10 +13,10 @@ from muybridge.diffusion.predictions import upcast
 from muybridge.diffusion.steps import DenoisingStep
 from muybridge.errors import UsageError
 from muybridge.losses.base import per_sample
-from muybridge.losses.frozen_attention import FrozenAttention, temporal
+from muybridge.losses.frozen_attention import LayerByLayer
 
 
-class AttentionMotionFlow(FrozenAttention):
+class AttentionMotionFlow(LayerByLayer):
     """``mean |û - u|²`` where ``u`` is the displacement that attention expects from each frame to the next, in tokens (DiTFlow).
 
     Needs attention over space and time (Wan, CogVideoX, HunyuanVideo, LTX, Mochi): temporal attention that stays at one
@@ -52,14 +52,9 @@ class AttentionMotionFlow(FrozenAttention):
             )
         return super().forward(step)
 
-    def compare(self, predicted: list[AttentionRecord], true: list[AttentionRecord]) -> Tensor:
-        pairs = list(zip(temporal(predicted), temporal(true), strict=True))
-        if not pairs:
-            raise UsageError("AttentionMotionFlow read no attention over frames", "layers of that kind", "check layers")
-        found = [
-            per_sample((expected_flow(p, self.temperature) - expected_flow(q, self.temperature)) ** 2) for p, q in pairs
-        ]
-        return torch.stack(found).mean(0)
+    def layer(self, predicted: AttentionRecord, true: AttentionRecord) -> Tensor:
+        found, wanted = (expected_flow(record, self.temperature) for record in (predicted, true))
+        return per_sample((found - wanted) ** 2)
 
 
 def expected_flow(record: AttentionRecord, temperature: float) -> Tensor:

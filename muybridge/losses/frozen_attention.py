@@ -136,6 +136,22 @@ class FrozenAttention(Loss):
         return AttentionTap(backbone, pattern=pattern, early_exit=not sharded)
 
 
+class LayerByLayer(FrozenAttention):
+    """A loss that is the mean over the layers of attention over frames."""
+
+    @abstractmethod
+    def layer(self, predicted: AttentionRecord, true: AttentionRecord) -> Tensor:
+        """The loss of each sample, (B,), from one layer's records of both passes."""
+
+    def compare(self, predicted: list[AttentionRecord], true: list[AttentionRecord]) -> Tensor:
+        pairs = list(zip(temporal(predicted), temporal(true), strict=True))
+        if not pairs:
+            raise UsageError(
+                f"{type(self).__name__} read no attention over frames", "layers of that kind", "check layers"
+            )
+        return torch.stack([self.layer(*pair) for pair in pairs]).mean(0)
+
+
 def temporal(records: Sequence[AttentionRecord]) -> list[AttentionRecord]:
     """Those of attention over frames."""
     return [r for r in records if r.role in ("factorised", "unified")]

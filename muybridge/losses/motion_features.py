@@ -10,13 +10,13 @@ from torch import Tensor
 
 from muybridge.backbones.attention import AttentionRecord
 from muybridge.errors import UsageError
-from muybridge.losses.frozen_attention import FrozenAttention, key_features, temporal
+from muybridge.losses.frozen_attention import LayerByLayer, key_features
 
 LEAST = 4
 """Channels that are kept at least: of one, a cosine is a sign."""
 
 
-class MotionFeatures(FrozenAttention):
+class MotionFeatures(LayerByLayer):
     """``mean 1 - cos(m̂, m)`` at every place and frame, ``m`` the features less their mean over frames, in a few channels (MOFT).
 
     The channels are those with the largest entries of the true clip's first principal component. Features are the keys of the
@@ -43,14 +43,8 @@ class MotionFeatures(FrozenAttention):
             raise UsageError(f"MotionFeatures channels is {channels}", "a share above 0 and up to 1")
         self.channels = channels
 
-    def compare(self, predicted: list[AttentionRecord], true: list[AttentionRecord]) -> Tensor:
-        pairs = list(zip(temporal(predicted), temporal(true), strict=True))
-        if not pairs:
-            raise UsageError("MotionFeatures read no attention over frames", "layers of that kind", "check layers")
-        return torch.stack([self._layer(key_features(p), key_features(q)) for p, q in pairs]).mean(0)
-
-    def _layer(self, found: Tensor, wanted: Tensor) -> Tensor:
-        found, wanted = (x - x.mean(1, keepdim=True) for x in (found, wanted))
+    def layer(self, predicted: AttentionRecord, true: AttentionRecord) -> Tensor:
+        found, wanted = (x - x.mean(1, keepdim=True) for x in (key_features(predicted), key_features(true)))
         count = min(max(LEAST, round(self.channels * wanted.shape[-1])), wanted.shape[-1])
         kept = motion_channels(wanted, count)[:, None, None].expand(*wanted.shape[:3], -1)
         cosine = F.cosine_similarity(found.gather(3, kept), wanted.gather(3, kept), dim=3)

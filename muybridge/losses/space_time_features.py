@@ -7,11 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from muybridge.backbones.attention import AttentionRecord
-from muybridge.errors import UsageError
-from muybridge.losses.frozen_attention import FrozenAttention, key_features, temporal
+from muybridge.losses.frozen_attention import LayerByLayer, key_features
 
 
-class SpaceTimeFeatures(FrozenAttention):
+class SpaceTimeFeatures(LayerByLayer):
     """``mean 1 - cos(ŝ_f - ŝ_k, s_f - s_k)`` over all pairs of frames, ``s_f`` the mean over places of a frame's features (SMM).
 
     The published method reads activations of a decoder block and descends on latents at test time; here the features are the
@@ -24,12 +23,8 @@ class SpaceTimeFeatures(FrozenAttention):
         depth: The first share of the family's motion-carrying attention modules.
     """
 
-    def compare(self, predicted: list[AttentionRecord], true: list[AttentionRecord]) -> Tensor:
-        pairs = list(zip(temporal(predicted), temporal(true), strict=True))
-        if not pairs:
-            raise UsageError("SpaceTimeFeatures read no attention over frames", "layers of that kind", "check layers")
-        found = [frame_pairs(key_features(p).mean(2), key_features(q).mean(2)) for p, q in pairs]
-        return torch.stack(found).mean(0)
+    def layer(self, predicted: AttentionRecord, true: AttentionRecord) -> Tensor:
+        return frame_pairs(key_features(predicted).mean(2), key_features(true).mean(2))
 
 
 def frame_pairs(found: Tensor, wanted: Tensor) -> Tensor:
