@@ -14,18 +14,8 @@ from muybridge.customization.inverted import read_inverted
 from muybridge.customization.references import list_references, spoken
 from muybridge.diffusion import inversion
 from muybridge.errors import UsageError
-from muybridge.toy_clips import write_clips
 
 Tiny = Callable[[str], Path]
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("references")
-    write_clips(folder, 2, frames=9, height=32, width=32)
-    for file in folder.glob("*.txt"):
-        file.write_text(file.read_text().replace(" moves", " | moves"))
-    return folder
 
 
 def test_clips_become_noise_that_leads_back(
@@ -52,6 +42,12 @@ def test_clips_become_noise_that_leads_back(
     assert "2 of 2 are in" in capsys.readouterr().out
     assert main([*command, "--steps=7"]) == 2
     assert "made with steps 6" in capsys.readouterr().err
+    # Without words, as several published methods invert.
+    bare = [*command[:3], f"--out={tmp_path / 'bare'}", *command[4:], "--prompt=empty"]
+    assert main(bare) == 0
+    wordless = read_inverted(tmp_path / "bare/clip-000.safetensors", backbone)
+    assert wordless.about["prompt"] == ""
+    assert not torch.equal(wordless.noise, found.noise)
     with pytest.raises(UsageError, match="noise of Wan"):
         read_inverted(out / "clip-000.safetensors", load(str(tiny_checkpoint("latte"))))
 

@@ -20,7 +20,6 @@ from muybridge.customization.probe import Cell, marks, network_steps, renoised, 
 from muybridge.customization.tau import Tau, read_tau
 from muybridge.diffusion import FlowSchedule, inversion
 from muybridge.errors import UsageError
-from muybridge.toy_clips import write_clips
 
 Tiny = Callable[[str], Path]
 
@@ -175,15 +174,6 @@ def test_boundaries_must_fit_the_steps(boundaries: int) -> None:
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("references")
-    write_clips(folder, 2, frames=9, height=32, width=32)
-    for file in folder.glob("*.txt"):
-        file.write_text(file.read_text().replace(" moves", " | moves"))
-    return folder
-
-
 def test_a_probe_of_a_real_network_from_the_command(
     clips: Path, tiny_checkpoint: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -216,6 +206,24 @@ def test_a_probe_of_a_real_network_from_the_command(
     # Other settings do not mix.
     assert main([*command, "--guidance=3"]) == 2
     assert "guidance" in capsys.readouterr().err
+
+
+def test_several_lengths_are_probed_one_after_another(clips: Path, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "probe"
+    command = [
+        "probe",
+        f"--model={tiny_checkpoint('wan')}",
+        f"--videos={clips}",
+        f"--out={out}",
+        "--steps=2",
+        "--limit=1",
+    ]
+    command += ["--boundaries=2", "--refinements=0", "--frames=[9,5]", "--height=16", "--width=16", "--subject=a robot"]
+    assert main(command) == 0
+    result = json.loads((out / "probe.json").read_text())
+    assert [result["frames"], *(c["frames"] for c in result["cross_checks"])] == [9, 5]
+    assert {c.frames for c in report.read_cells(out / "grid.csv")} == {9, 5}
+    assert (out / "curves-subject-5f.png").is_file()
 
 
 def test_the_inverted_path_is_the_source_path(tiny_checkpoint: Tiny) -> None:

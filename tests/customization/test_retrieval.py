@@ -22,7 +22,6 @@ from muybridge.customization.retrieval import (
     similarity_of,
 )
 from muybridge.errors import UsageError
-from muybridge.toy_clips import write_clips
 
 Tiny = Callable[[str], Path]
 
@@ -84,11 +83,10 @@ def test_descriptors_do_not_grow_with_the_picture(name: str, tiny_checkpoint: Ti
             assert one["temporal"].numel() <= 64 * record.grid[0] ** 2
 
 
-def test_the_command_ranks_layers(tiny_checkpoint: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "clips"
-    write_clips(folder, 6, frames=9, height=32, width=32)
-    for file in folder.glob("*.txt"):
-        file.write_text(file.read_text().replace(" moves", " | moves"))
+def test_the_command_ranks_layers(
+    references: Callable[[Path, int], Path], tiny_checkpoint: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = references(tmp_path / "clips", 6)
     command = ["motion-layers", f"--model={tiny_checkpoint('wan')}", f"--videos={folder}", f"--out={tmp_path / 'out'}"]
     command += ["--frames=9", "--height=16", "--width=16", "--times=[700]"]
     assert main(command) == 0

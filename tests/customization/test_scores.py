@@ -11,8 +11,14 @@ import torch
 from support.denoising import open_tiny
 from torch import Tensor
 
-from muybridge.customization.scores import ClipAlignment, ModelAlignment, make_alignment
+from muybridge.customization.scores import ClipAlignment, ModelAlignment, ReaderAlignment, make_alignment
 from muybridge.errors import UsageError
+from muybridge.proving_ground import join_caption, look_of, split_caption
+from muybridge.proving_ground.captions import subject_words
+from muybridge.proving_ground.render import render
+from muybridge.proving_ground.scene import draw_scene
+from muybridge.proving_ground.small import SMALL
+from muybridge.video import to_pixels
 
 Tiny = Callable[[str], Path]
 
@@ -73,6 +79,27 @@ def test_clip_is_the_mean_cosine_over_frames(clip_model: Path) -> None:
     single = [alignment.score(torch.zeros(1), pixels[:, :, i : i + 1], "a cat | runs", "") for i in range(3)]
     assert whole == pytest.approx(sum(single) / 3, abs=1e-4)
     assert -100.0 <= whole <= 100.0
+
+
+def test_the_reader_counts_what_the_captions_differ_in() -> None:
+    scene = draw_scene(SMALL, 0, 2)
+    pixels = to_pixels(render(scene))[None]
+    subject, motion = split_caption(scene.caption)
+    shape, colour = look_of(scene.caption)
+    other_colour = next(c for c in SMALL.colours if c != colour)
+    other_shape = next(s for s in SMALL.shapes if s != shape)
+    alignment = ReaderAlignment()
+
+    def score(target: str, source: str) -> float:
+        return alignment.score(torch.zeros(1), pixels, target, source)
+
+    assert score(scene.caption, join_caption(subject_words(other_shape, other_colour), motion)) == 1.0
+    assert score(join_caption(subject_words(other_shape, other_colour), motion), scene.caption) == 0.0
+    # The colour is still the old one, and the shape and the motion are no news.
+    half = join_caption(subject_words(shape, other_colour), motion)
+    assert score(half, scene.caption) == 0.0
+    assert score(half, join_caption(subject_words(other_shape, colour), motion)) == 0.5
+    assert score(join_caption(subject, "bounces up and down"), scene.caption) == 0.0, "it slides"
 
 
 def test_what_is_missing_is_said(tiny_checkpoint: Tiny, tmp_path: Path) -> None:

@@ -187,6 +187,21 @@ def test_a_reference_is_encoded_once_and_its_bar_is_not_spoken(
     assert spoken == ["a disc moves right"]
 
 
+def test_several_references_are_each_encoded_once(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "two"
+    write_clips(folder, 2, frames=9, height=32, width=32)
+    for file in folder.glob("*.txt"):
+        file.write_text(file.read_text().replace(" moves", " | moves"))
+    job = customization(tiny_checkpoint("wan"), captions="split")
+    encoded: list[int] = []
+    encode = job.backbone.encode
+    job.backbone.encode = lambda pixels, *a: (encoded.append(len(pixels)), encode(pixels, *a))[1]  # type: ignore
+    options = {"frames": 9, "height": 16, "width": 16, "num_workers": 0, "repeats": 4, "on_error": "raise"}
+    trainer(tmp_path, max_steps=8, limit_val_batches=0).fit(job, VideoData(videos=str(folder), **options))
+    assert job.updates == 8
+    assert encoded == [1, 1]
+
+
 def test_captions_without_a_subject_are_refused_before_weights_load(
     clips: Path, tiny_checkpoint: Tiny, tmp_path: Path
 ) -> None:
