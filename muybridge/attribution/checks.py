@@ -15,8 +15,14 @@ from muybridge.errors import UsageError
 
 def ranks(values: np.ndarray) -> np.ndarray:
     """Place of each value among all, equal ones sharing theirs."""
-    ordered = np.sort(values)
-    return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right") - 1) / 2
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    begins = np.concatenate([[True], ordered[1:] != ordered[:-1]])
+    starts = np.flatnonzero(begins)
+    places = (starts + np.append(starts[1:], len(values)) - 1) / 2
+    found = np.empty(len(values))
+    found[order] = places[np.cumsum(begins) - 1]
+    return found
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:

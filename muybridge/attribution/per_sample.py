@@ -83,7 +83,11 @@ def _check_losses(values: Tensor, able: int, count: int) -> None:
     if values.shape != (count,):
         raise UsageError(f"the loss returned shape {tuple(values.shape)}", f"one number per clip, ({count},)")
     if not values.requires_grad:
-        raise UsageError("the loss does not depend on any parameter that is trained", "a loss of the network's output")
+        raise UsageError(
+            "the loss does not depend on any parameter that is trained",
+            "a loss of the network's output, at times at which what is trained acts",
+            "an adapter with a range of times, as a customization's, has gradients inside it alone: times of GradientCapture",
+        )
 
 
 # -- one clip, every parameter -------------------------------------------------------------------------------------------------

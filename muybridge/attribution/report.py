@@ -44,8 +44,8 @@ def influence_report(
     def clip(name: str, score: Optional[float] = None, known: Mapping[str, Path] = videos) -> Video:
         file, said = known.get(name), name + (f" {score:+.4f}" if score is not None else "")
         if file is None:
-            return Video(label=said, width=176)
-        return Video.read(file, said, 176) if embedded else Video.linked(file, page, said, 176)
+            return Video(label=said, width=128)
+        return Video.read(file, said, 128) if embedded else Video.linked(file, page, said, 128)
 
     def ends(ranking: Ranked) -> Grid:
         scored = list(zip(ranking.ids, ranking.columns["score"], strict=True))

@@ -10,6 +10,7 @@ from typing import Any, Literal, Optional
 
 import numpy as np
 
+from muybridge.attribution.checks import ranks
 from muybridge.attribution.influence import Scores
 from muybridge.data.content import text_key
 from muybridge.errors import UsageError
@@ -37,8 +38,7 @@ def mean_percentile(scores: Scores) -> np.ndarray:
         return np.ones(1)
     total = np.zeros(count)
     for column in scores.values.T:
-        ordered = np.sort(column)
-        total += (np.searchsorted(ordered, column, "left") + np.searchsorted(ordered, column, "right") - 1) / 2
+        total += ranks(column)
     return total / (scores.values.shape[1] * (count - 1))
 
 
@@ -67,14 +67,13 @@ def rank(
         values: Of each clip, where ``how`` is ``value``: motion magnitude, pixel similarity, or anything.
         seed: Of ``random``.
     """
-    percentiles = mean_percentile(scores)
     columns: dict[str, np.ndarray]
     if query is not None:
         columns = {"score": scores.of(query)}
     elif how == "vote":
-        columns = {"votes": votes(scores, percentile).astype(float), "percentile": percentiles}
+        columns = {"votes": votes(scores, percentile).astype(float), "percentile": mean_percentile(scores)}
     elif how == "mean":
-        columns = {"score": scores.values.mean(1), "percentile": percentiles}
+        columns = {"score": scores.values.mean(1), "percentile": mean_percentile(scores)}
     elif how == "random":
         columns = {"draw": np.array([int(text_key(f"{seed} {name}")[:12], 16) / 16**12 for name in scores.ids])}
     elif how == "value":
@@ -88,7 +87,8 @@ def rank(
         columns = {"value": np.array([given[name] for name in scores.ids])}
     else:
         raise UsageError(f"selection by {how!r}", "vote, mean, random or value")
-    order = sorted(range(len(scores.ids)), key=lambda i: (*(-c[i] for c in columns.values()), scores.ids[i]))
+    # The last key counts most.
+    order = np.lexsort([np.array(scores.ids), *(-column for column in reversed(columns.values()))])
     return Ranked([scores.ids[i] for i in order], {n: [float(c[i]) for i in order] for n, c in columns.items()})
 
 

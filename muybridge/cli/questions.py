@@ -58,7 +58,8 @@ LENGTHS = (9, 13, 17)
 def methods(top: str, learning_rate: float) -> tuple[Method, ...]:
     """What is judged of each motion: the model as it ships, and finetuned on selections of one size, or on all clips."""
     sampled = ("--model.sampling.steps=20",)
-    trained = (*sampled, f"--model.optimizer.init_args.lr={learning_rate:g}")
+    quick = ("--trainer.limit_val_batches=0", "--data.num_workers=0")
+    trained = (*sampled, f"--model.optimizer.init_args.lr={learning_rate:g}", *quick)
     titles = {name: f"trained on the {title.format(top=top)}" for name, title in SELECTED.items()}
     return (
         Method("real", "real clips"),
@@ -83,6 +84,11 @@ class Asked(Setting):
         """Where the training clips are."""
         assert self.source is not None
         return self.source
+
+    @property
+    def pace(self) -> float:
+        """Seconds of one update from cached latents."""
+        return 0.5
 
     def selection(self, name: str) -> Path:
         """Where the clips of a way to select are listed."""
@@ -210,6 +216,7 @@ class Question:
             *s.data(Method("half", "")),
             f"--data.cache={self.attribution.root / 'cache'}",
             "--data.motion_weights=true",
+            "--data.num_workers=0",
             f"--data.selection={here / 'clips.txt'}",
         )
         return Part(

@@ -13,20 +13,25 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.backbones import small_call
+from support.distilling import distillation, prompts
 from support.jobs import finetuning, latents_for, trainer
 from support.ranks import run_ranks
 from support.strategies import strategy
 
 from callbacks import GradientCapture
+from lightning_modules import MotionCustomization
 from muybridge.attribution import CountSketchProjection, per_sample_gradients
 from muybridge.attribution.projection import FastfoodProjection
 from muybridge.attribution.store import InfluenceStore
+from muybridge.backbones import Pretrained
+from muybridge.backbones.adapters import LoRA
 from muybridge.cli.jobs import Trainer
 from muybridge.cli.verbs.attribute import attribute
+from muybridge.customization.tau import Tau
 from muybridge.diffusion import Boundary, DenoisingStep, shared_noise
 from muybridge.diffusion.steps import denoising_step
 from muybridge.errors import UsageError
-from muybridge.losses import MotionWeightedDenoising
+from muybridge.losses import Denoising, MotionWeightedDenoising
 from muybridge.tiny import MAKERS
 
 Tiny = Callable[[str], Path]
@@ -50,9 +55,14 @@ def go(
     path: str, out: str, kind: str = "one", data: dict[str, Any] | None = None, job: Any = None, **options: Any
 ) -> Any:
     """`muybridge attribute` without its command line."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
     module = finetuning(path, **(job or {}))
-    clips = latents_for(module, **{"count": 5, "batch_size": 1, **(data or {})})
+    run(module, latents_for(module, **{"count": 5, "batch_size": 1, **(data or {})}), out, kind, **options)
+    return sum(p.grad is not None for p in module.parameters())
+
+
+def run(module: Any, clips: Any, out: str, kind: str = "one", **options: Any) -> None:
+    """The same of any job, on any data."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
     clips.setup("fit")
     quiet = dict(accelerator="cpu", devices=world, logger=False, enable_progress_bar=False, enable_model_summary=False)
     runner = Trainer(
@@ -63,7 +73,6 @@ def go(
         **quiet,  # type: ignore[arg-type]
     )
     runner.attribute(module, clips)  # type: ignore[attr-defined]
-    return sum(p.grad is not None for p in module.parameters())
 
 
 def vectors(out: Path | str, part: Any = "train") -> dict[tuple[str, float], np.ndarray]:
@@ -243,6 +252,40 @@ def test_two_ranks_give_the_vectors_of_one(
     assert InfluenceStore(tmp_path / "s").manifest == InfluenceStore(reference).manifest
     files = {p.name[:10] for p in InfluenceStore(tmp_path / "s").files}
     assert files == ({"part-00000"} if sends else {"part-00000", "part-00001"})
+
+
+def test_every_job_is_attributed_to_by_what_it_trains(reference: Path, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    """A customization's adapter, a distillation's student: a copy of its teacher, or an adapter on it."""
+    path = str(tiny_checkpoint("wan"))
+    lora = LoRA(rank=2)
+    shapes = finetuning(path)
+    jobs = {
+        "customized": MotionCustomization(
+            Pretrained(path, max_text_length=16), [Denoising()], tau=Tau(600.0), captions="free", adapter=lora
+        ),
+        "student": distillation(path),
+        "on one base": distillation(path, student_lora=lora, critic_lora=lora),
+    }
+    for name, module in jobs.items():
+        clips = latents_for(shapes, count=2, batch_size=1)
+        run(module, clips, str(tmp_path / name), **({"times": [Boundary(700.0)]} if name == "customized" else {}))
+    # A student that begins as its teacher has the gradients that finetuning the teacher has.
+    wanted = vectors(reference)
+    found = vectors(tmp_path / "student")
+    same(found, {key: wanted[key] for key in found})
+    assert len(found) == 4
+    stores = {name: InfluenceStore(tmp_path / name) for name in jobs}
+    assert all(len(store.ids("train")) == 2 and not store.excluded("train") for store in stores.values())
+    # Below its boundary a customization's adapter does not act.
+    with pytest.raises(UsageError, match=r"does not depend on .* that is trained.*\n.*\n.*inside it alone"):
+        run(jobs["customized"], latents_for(shapes, count=1, batch_size=1), str(tmp_path / "below"))
+    counts = {name: store.manifest["parameters"]["count"] for name, store in stores.items()}
+    assert counts["customized"] < counts["student"]
+    assert counts["on one base"] < counts["student"]
+    # Prompts are no clips.
+    texts = prompts(2)
+    with pytest.raises(UsageError, match="latents"):
+        run(jobs["student"], texts, str(tmp_path / "none"))
 
 
 def test_another_model_is_refused(reference: Path, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
