@@ -21,7 +21,7 @@ from muybridge.proving_ground.small import SMALL
 
 from .conftest import Command
 
-CLIPS = 30
+CLIPS = 20
 WORLD = replace(SMALL, motions=MOTIONS)
 
 
@@ -150,7 +150,7 @@ def test_from_nothing_to_tables_and_not_twice(command: Command, tmp_path: Path) 
 
 def test_what_can_be_wrong_is_said_before_anything_is_made(command: Command, tmp_path: Path) -> None:
     assert "targets are ['fly']" in command("bench-attribution", "--targets=[fly]").message
-    assert "no query shows roll under seed 0" in command("bench-attribution", "--clips=30", "--seeds=1").message
+    assert "no query shows roll under seed 0" in command("bench-attribution", "--clips=20", "--seeds=1").message
     said = command("bench-attribution", "--subsets=2", "--updates=0").message
     assert "updates is 0 and subsets is 2" in said
     assert "no method 'motoin'" in command("bench-attribution", "--only=[motoin]").message

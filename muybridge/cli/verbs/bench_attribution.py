@@ -60,7 +60,7 @@ def bench_attribution(
     from muybridge.proving_ground import MOTIONS
     from muybridge.proving_ground.small import SMALL
 
-    least = {"seeds": 1, "clips": 30, "updates": 1, "prompts": 1, "subsets": 0, "subset_updates": 1, "dim": 1}
+    least = {"seeds": 1, "clips": 20, "updates": 1, "prompts": 1, "subsets": 0, "subset_updates": 1, "dim": 1}
     given = {"seeds": seeds, "clips": clips, "updates": updates, "prompts": prompts}
     given |= {"subsets": subsets, "subset_updates": subset_updates, "dim": dim}
     small = [f"{name} is {value}" for name, value in given.items() if value < least[name]]
