@@ -164,7 +164,7 @@ class AttentionTap:
         self._tapped = {network: self._matches(network) for network in self._networks}
         if not any(self._tapped.values()):
             raise self._no_module()
-        if early_exit and any(_is_sharded(network) for network in self._networks.values()):
+        if early_exit and any(is_sharded(network) for network in self._networks.values()):
             raise UsageError(
                 "early_exit on a sharded network",
                 "early_exit: false under FSDP: leaving a forward pass in its middle leaves its weights gathered",
@@ -379,5 +379,6 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 
-def _is_sharded(network: nn.Module) -> bool:
+def is_sharded(network: nn.Module) -> bool:
+    """Whether weights are spread over ranks, so that all must run the network together."""
     return any(hasattr(parameter, "full_tensor") for parameter in network.parameters())

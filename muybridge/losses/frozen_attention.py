@@ -18,7 +18,7 @@ from torch import Tensor
 from muybridge.backbones.adapters import disabled
 from muybridge.backbones.attention import AttentionRecord
 from muybridge.backbones.base import Backbone
-from muybridge.backbones.taps import AttentionTap, Kind
+from muybridge.backbones.taps import AttentionTap, Kind, is_sharded
 from muybridge.diffusion.schedules import broadcast_time
 from muybridge.diffusion.steps import DenoisingStep
 from muybridge.errors import UsageError
@@ -95,7 +95,8 @@ class FrozenAttention(Loss):
             )
         t = step.t if step.t.ndim == 1 else step.t.amax(1)
         counts = t > self.t_min
-        if not bool(counts.any()):
+        # Ranks that share a network's weights must all run it, or those that do would wait for the others for ever.
+        if not bool(counts.any()) and not is_sharded(backbone):
             return 0.0 * step.prediction.float().flatten(1).sum(1)
         predicted, true, later = self.latents(step)
         tap = self._tap(backbone)
@@ -132,8 +133,7 @@ class FrozenAttention(Loss):
                 own.append(crossing if crossing is not None else backbone.temporal_attention)
             pattern = "|".join(dict.fromkeys(first_layers(backbone, one, self.depth) for one in own if one is not None))
         # Leaving a forward pass in its middle leaves the weights of a sharded network gathered.
-        sharded = any(hasattr(p, "full_tensor") for p in backbone.parameters())
-        return AttentionTap(backbone, pattern=pattern, early_exit=not sharded)
+        return AttentionTap(backbone, pattern=pattern, early_exit=not is_sharded(backbone))
 
 
 class LayerByLayer(FrozenAttention):
