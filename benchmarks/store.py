@@ -107,9 +107,7 @@ def main() -> None:
         files = list(Path(folder, "store").glob("part-*.parquet"))
         size = sum(file.stat().st_size for file in files)
     about = {
-        "command": " ".join(
-            ["python benchmarks/store.py", *(a for a in sys.argv[1:] if not a.startswith("--out"))]
-        ).strip(),
+        "command": " ".join(["python benchmarks/store.py", *sys.argv[1:]]),
         "rows": given.rows,
         "dim": given.dim,
         "queries": given.queries,
