@@ -274,6 +274,6 @@ class Probing:
                 "probe",
                 f"where motion ends and looks begin, on {self.clips} clips",
                 ask,
-                0.35 * self.steps * self.clips,
+                0.6 * self.steps * self.clips,
             ),
         ]
