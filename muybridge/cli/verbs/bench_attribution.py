@@ -23,7 +23,7 @@ def bench_attribution(
     prompts: int = 40,
     subsets: int = 32,
     subset_updates: int = 60,
-    learning_rate: float = 5e-4,
+    learning_rate: float = 2e-3,
     compared: int = 64,
     dim: int = 4096,
     captionless: bool = True,
