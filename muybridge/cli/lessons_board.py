@@ -197,7 +197,7 @@ class LessonsBoard:
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
-        figure, axes = pyplot.subplots(1, 2, figsize=(10.4, 4.6), sharey=True)
+        figure, axes = pyplot.subplots(1, 2, figsize=(13.0, 4.6), sharey=True)
         for axis, name in zip(axes, ("leak", "prompt"), strict=True):
             for entry in entries:
                 if name in entry["mean"]:
@@ -205,11 +205,12 @@ class LessonsBoard:
                     axis.errorbar(
                         entry["mean"][name], entry["mean"]["motion"], **bars, fmt="o", capsize=2, label=entry["title"]
                     )
-            axis.set(xlabel=FIGURES[name], ylabel="motion read as taught", ylim=(-0.05, 1.05))
+            axis.set(xlabel=FIGURES[name], ylim=(-0.05, 1.05))
             axis.grid(alpha=0.3)
+        axes[0].set_ylabel("motion read as taught")
         handles, labels = axes[1].get_legend_handles_labels()
         if handles:
-            axes[1].legend(handles, labels, frameon=False, fontsize=8)
+            axes[1].legend(handles, labels, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
         return save_figure(figure, path)
 
 
