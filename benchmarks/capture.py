@@ -4,8 +4,8 @@
     python benchmarks/capture.py --out FILE.md       also as a table in a file
     python benchmarks/capture.py --wan               Wan 1.3B's configuration with random weights at 81x480x832, on a GPU
 
-Times are CPU seconds of this process (wall-clock on a GPU), the least of several rounds, since machines are shared. TRAK and
-dattri are measured where they are installed, with the settings under which they run on this toy.
+Times are CPU seconds of this process (wall-clock on a GPU), the least of several rounds in which all take turns, since machines are
+shared. TRAK and dattri are measured where they are installed, with the settings under which they run on this toy.
 """
 
 from __future__ import annotations
@@ -104,14 +104,15 @@ class Case:
         return torch.cat(rows) if rows else None
 
 
-def seconds(work: Callable[[], object], rounds: int) -> float:
-    """CPU seconds of the fastest round; a first one warms up."""
-    work()
-    best = float("inf")
-    for _ in range(rounds):
-        start = time.process_time()
-        work()
-        best = min(best, time.process_time() - start)
+def seconds(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """CPU seconds of the fastest round of each; they take turns, since what a machine gives changes, and a first one warms up."""
+    best = dict.fromkeys(works, float("inf"))
+    for number in range(rounds + 1):
+        for name, work in works.items():
+            start = time.process_time()
+            work()
+            if number:
+                best[name] = min(best[name], time.process_time() - start)
     return best
 
 
@@ -126,21 +127,24 @@ def measure(case: Case, rounds: int, dims: tuple[int, ...]) -> list[tuple[str, f
     )
     true = cosines(full)
     for size, make in ((case.batch, BatchedEngine), (1, ParameterEngine)):
-        base = seconds(lambda s=size: case.plain(s), rounds)
-        rows.append((f"plain forward and backward, batch {size}", 1e3 * base / count, 1.0, ""))
-        spent = seconds(lambda m=make, s=size: case.capture(m, None, s), rounds)
-        rows.append((f"{make.__name__}, batch {size}, gradients only", 1e3 * spent / count, spent / base, ""))
+        plain, bare = f"plain forward and backward, batch {size}", f"{make.__name__}, batch {size}, gradients only"
+        works: dict[str, Callable[[], object]] = {
+            plain: lambda s=size: case.plain(s),
+            bare: lambda m=make, s=size: case.capture(m, None, s),
+        }
+        kept = {}
         for kind in (CountSketchProjection, FastfoodProjection):
             for dim in dims:
                 projection = kind(dim)
                 found = case.capture(make, projection, size)
                 assert found is not None
-                kept = f"{rank_correlation(cosines(found[: len(full)]), true):.3f}"
-                spent = seconds(lambda m=make, p=projection, s=size: case.capture(m, p, s), rounds)
-                rows.append(
-                    (f"{make.__name__}, batch {size}, {projection.kind} {dim}", 1e3 * spent / count, spent / base, kept)
-                )
-                print(rows[-1], flush=True)
+                name = f"{make.__name__}, batch {size}, {projection.kind} {dim}"
+                kept[name] = f"{rank_correlation(cosines(found[: len(full)]), true):.3f}"
+                works[name] = lambda m=make, p=projection, s=size: case.capture(m, p, s)
+        spent = seconds(works, rounds)
+        for name, value in spent.items():
+            rows.append((name, 1e3 * value / count, value / spent[plain], kept.get(name, "")))
+            print(rows[-1], flush=True)
     return rows
 
 
@@ -292,7 +296,7 @@ def main() -> None:
         if arguments.only != "toy":
             wide = Case("4 layers, width 256, 512 tokens", 256, 4, 512, 4, 4)
             parts.append((f"{wide.name}; {machine}", measure(wide, arguments.rounds, (4096,))))
-    lines = []
+    lines = [f"`{' '.join(['python benchmarks/capture.py', *sys.argv[1:]])}`", ""]
     for title, rows in parts:
         lines += [title, "", "| | ms a clip | ratio | rank correlation with full gradients |", "|---|---|---|---|"]
         lines += [f"| {name} | {ms:.2f} | {ratio:.2f} | {kept} |" for name, ms, ratio, kept in rows]
