@@ -4,8 +4,8 @@
     python benchmarks/capture.py --out FILE.md       also as a table in a file
     python benchmarks/capture.py --wan               Wan 1.3B's configuration with random weights at 81x480x832, on a GPU
 
-Times are CPU seconds of this process (wall-clock on a GPU), the least of several rounds in which all take turns, since machines are
-shared. TRAK and dattri are measured where they are installed, with the settings under which they run on this toy.
+Times are CPU seconds of this process (wall-clock on a GPU), the least of several rounds in which all take turns, since machines
+are shared. TRAK and dattri are measured where they are installed, with the settings under which they run on this toy.
 """
 
 from __future__ import annotations
