@@ -87,6 +87,9 @@ def test_methods_are_what_their_titles_say(name: str, command: Command, tmp_path
     assert (tau["from_probe"] is not None) is (name == PROBED)
     losses = [loss["class_path"].split(".")[-1] for loss in arguments["losses"]]
     assert losses == ["MotionFeatureMatching" if name == "matching" else "Denoising"]
+    # Under the usual epsilon the small gradients of maps would move nothing.
+    assert (arguments["optimizer"]["init_args"]["eps"] < 1e-12) is (name == "matching")
+    assert arguments["optimizer"]["init_args"]["lr"] == 1e-2
     assert config["data"]["init_args"]["caption"].endswith(f" | {WORD}")
     assert arguments["keep_bar"]
 

@@ -21,6 +21,8 @@ RECIPES: dict[str, list[str]] = {
     "debiased": ["AppearanceDebiased"],
 }
 """Losses of every ``--recipe``."""
+EPSILON = {"matching": {"eps": 1e-16}}
+"""Gradients of maps alone are small against AdamW's usual epsilon of 1e-8, which would hold every step back."""
 
 
 def customize(
@@ -173,7 +175,7 @@ def customize(
                 "adapter": {"rank": rank, "projections": list(projections)},
                 "optimizer": {
                     "class_path": "torch.optim.AdamW",
-                    "init_args": {"lr": learning_rate, "weight_decay": 0.01},
+                    "init_args": {"lr": learning_rate, "weight_decay": 0.01, **EPSILON.get(recipe, {})},
                 },
                 "keep_bar": keep_bar,
                 "sampling": {
