@@ -1,6 +1,6 @@
 """How well the proving ground's trained pipeline shows what it is asked for, against real clips with the same captions.
 
-    python benchmarks/teacher.py [--model DIR] [--prompts 504] [--steps 50] [--guidance 5.0] [--curve RUN ...] [--card DIR]
+    python benchmarks/teacher.py [--model DIR] [--prompts 504] [--steps 50] [--guidance 4.0] [--curve RUN ...] [--card DIR]
 
 Captions are those of held-out clips: their pairs of shape and colour were never trained on, and motions take turns. Three rows:
 real clips as drawn; the same after the pipeline's own autoencoder, which is what its denoiser could reach at best; and samples,
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--model", default="proving-ground")
     parser.add_argument("--prompts", type=int, default=504)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--seed", type=int, default=SEED, help="of captions and noise: guidance was chosen with others")
     parser.add_argument("--out", type=Path, default=RESULTS / "teacher.json")
     parser.add_argument("--sheet", type=Path, help="write a picture of some samples too")
