@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from muybridge.attribution.checks import datamodelling, length_bias, ndcg, precision
-from muybridge.cli.questions import held_out_choice
+from muybridge.cli.bench.questions import held_out_choice
 from muybridge.errors import UsageError
 
 

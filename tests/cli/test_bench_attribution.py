@@ -12,8 +12,8 @@ import pytest
 
 from muybridge.attribution.influence import Scores
 from muybridge.attribution.store import InfluenceStore
-from muybridge.cli.methods import Setting
-from muybridge.cli.questions import LOSSES, Question, methods
+from muybridge.cli.bench.methods import Setting
+from muybridge.cli.bench.questions import LOSSES, Question, methods
 from muybridge.data.selection import read_selection
 from muybridge.proving_ground import MOTIONS
 from muybridge.proving_ground.files import write_clips

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from muybridge.cli.lessons import PROBED, TOLD, WORD, Lesson, Probing, claims, lessons, methods, other_subjects
-from muybridge.cli.lessons_board import FIGURES, LessonsBoard
-from muybridge.cli.methods import pick
+from muybridge.cli.bench.lessons import PROBED, TOLD, WORD, Lesson, Probing, claims, lessons, methods, other_subjects
+from muybridge.cli.bench.lessons_board import FIGURES, LessonsBoard
+from muybridge.cli.bench.methods import pick
 from muybridge.proving_ground import MOTIONS, look_of, motion_of, split_caption
 from muybridge.proving_ground.pipeline import untrained, vocabulary
 from muybridge.proving_ground.scene import draw_scene

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from muybridge.cli.comparison import FIGURES
-from muybridge.cli.methods import METHODS, Method, Setting, pick
-from muybridge.cli.scoreboard import Scoreboard, shown
+from muybridge.cli.bench.comparison import FIGURES
+from muybridge.cli.bench.methods import METHODS, Method, Setting, pick
+from muybridge.cli.bench.scoreboard import Scoreboard, shown
 from muybridge.data.selection import read_selection
 from muybridge.errors import UsageError
 from muybridge.proving_ground import look_of, motion_of

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from muybridge.cli.parts import Part, agree, one_thread, read_done, run_parts
+from muybridge.cli.bench.parts import Part, agree, one_thread, read_done, run_parts
 from muybridge.errors import UsageError
 
 

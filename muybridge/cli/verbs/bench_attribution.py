@@ -52,11 +52,11 @@ def bench_attribution(
         only: Which selections are trained on, where not all are wanted.
     """
     from muybridge.backbones.checkpoint import local_directory
+    from muybridge.cli.bench.methods import Setting, pick
+    from muybridge.cli.bench.parts import Part, agree, run_parts
+    from muybridge.cli.bench.questions import Question, methods
+    from muybridge.cli.bench.questions_board import Board
     from muybridge.cli.front import run
-    from muybridge.cli.methods import Setting, pick
-    from muybridge.cli.parts import Part, agree, run_parts
-    from muybridge.cli.questions import Question, methods
-    from muybridge.cli.questions_board import Board
     from muybridge.proving_ground import MOTIONS
     from muybridge.proving_ground.small import SMALL
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Optional
 
-from muybridge.cli.methods import Method
+from muybridge.cli.bench.methods import Method
 from muybridge.errors import UsageError
 
 
@@ -45,11 +45,11 @@ def bench_customize(
         more: Further methods, such as ``[{"name": "mine", "title": "mine", "config": "mine.yaml", "trained": true}]``.
     """
     from muybridge.backbones.checkpoint import local_directory
+    from muybridge.cli.bench.lessons import PROBED, Probing, lessons, methods
+    from muybridge.cli.bench.lessons_board import LessonsBoard
+    from muybridge.cli.bench.methods import pick
+    from muybridge.cli.bench.parts import Part, agree, run_parts
     from muybridge.cli.front import run
-    from muybridge.cli.lessons import PROBED, Probing, lessons, methods
-    from muybridge.cli.lessons_board import LessonsBoard
-    from muybridge.cli.methods import pick
-    from muybridge.cli.parts import Part, agree, run_parts
     from muybridge.proving_ground import MOTIONS
     from muybridge.proving_ground.small import SMALL
 

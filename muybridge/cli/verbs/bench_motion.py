@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Optional
 
-from muybridge.cli.methods import Method
+from muybridge.cli.bench.methods import Method
 from muybridge.errors import UsageError
 
 
@@ -37,10 +37,10 @@ def bench_motion(
         more: Further methods, such as ``[{"name": "mine", "title": "mine, 4 steps", "config": "mine.yaml", "trained": true}]``.
     """
     from muybridge.backbones.checkpoint import local_directory
+    from muybridge.cli.bench.methods import METHODS, Setting, pick
+    from muybridge.cli.bench.parts import Part, agree, run_parts
+    from muybridge.cli.bench.scoreboard import Scoreboard
     from muybridge.cli.front import run
-    from muybridge.cli.methods import METHODS, Setting, pick
-    from muybridge.cli.parts import Part, agree, run_parts
-    from muybridge.cli.scoreboard import Scoreboard
     from muybridge.proving_ground.small import SMALL
 
     if min(seeds, updates) < 1 or clips < 30:

@@ -22,11 +22,11 @@ def demo(*, out: str = "runs/demo", updates: int = 80, clips: int = 240, model: 
         model: The pipeline that is sampled and distilled: one that ships, or a directory.
     """
     from muybridge.backbones.checkpoint import local_directory
-    from muybridge.cli.comparison import read_compared, sections
+    from muybridge.cli.bench.comparison import read_compared, sections
+    from muybridge.cli.bench.methods import Setting, pick
+    from muybridge.cli.bench.parts import agree, run_parts
+    from muybridge.cli.bench.tour import Attribution, Customization
     from muybridge.cli.front import run
-    from muybridge.cli.methods import Setting, pick
-    from muybridge.cli.parts import agree, run_parts
-    from muybridge.cli.tour import Attribution, Customization
     from muybridge.proving_ground.small import SMALL
     from muybridge.report import Report, write_report
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from muybridge.cli.parts import Part
+from muybridge.cli.bench.parts import Part
 from muybridge.errors import UsageError, did_you_mean
 from muybridge.proving_ground.scene import World
 from muybridge.proving_ground.small import SMALL, as_options

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from muybridge.attribution.influence import Scores
-from muybridge.cli.methods import Method
-from muybridge.cli.questions import CAPTIONLESS, LOSSES, STORES, Question
-from muybridge.cli.scoreboard import Scoreboard, shown, spread, table, write_results
+from muybridge.cli.bench.methods import Method
+from muybridge.cli.bench.questions import CAPTIONLESS, LOSSES, STORES, Question
+from muybridge.cli.bench.scoreboard import Scoreboard, shown, spread, table, write_results
 from muybridge.cli.verbs.attribution_check import markdown as check_tables
 
 Rows = Mapping[str, Mapping[str, float]]

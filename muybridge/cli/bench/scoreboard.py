@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import muybridge
-from muybridge.cli.comparison import FIGURES, Compared, read_compared
-from muybridge.cli.methods import Method, Setting
+from muybridge.cli.bench.comparison import FIGURES, Compared, read_compared
+from muybridge.cli.bench.methods import Method, Setting
 from muybridge.report import number
 
 

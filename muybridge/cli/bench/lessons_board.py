@@ -9,9 +9,9 @@ from typing import Any, Optional
 
 import torch
 
-from muybridge.cli.lessons import WORD, Lesson, claims
-from muybridge.cli.methods import Method
-from muybridge.cli.scoreboard import Scoreboard, shown, spread, table, write_results
+from muybridge.cli.bench.lessons import WORD, Lesson, claims
+from muybridge.cli.bench.methods import Method
+from muybridge.cli.bench.scoreboard import Scoreboard, shown, spread, table, write_results
 from muybridge.customization.report import save_figure
 from muybridge.metrics.base import Estimate, mean
 from muybridge.proving_ground.score_files import read_scores

@@ -20,9 +20,9 @@ from muybridge.attribution.checks import datamodelling, ndcg, precision
 from muybridge.attribution.influence import Scores, influence, sweep
 from muybridge.attribution.selecting import how_many, rank, similarity
 from muybridge.attribution.store import InfluenceStore
-from muybridge.cli.methods import TEACHER, Method, Setting
-from muybridge.cli.parts import Part
-from muybridge.cli.tour import Attribution
+from muybridge.cli.bench.methods import TEACHER, Method, Setting
+from muybridge.cli.bench.parts import Part
+from muybridge.cli.bench.tour import Attribution
 from muybridge.data.cache import Cache
 from muybridge.errors import UsageError
 from muybridge.proving_ground.files import row, scenes

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from datamodules.prompts import read_prompts
-from muybridge.cli.methods import Method, Setting
-from muybridge.cli.parts import Done
+from muybridge.cli.bench.methods import Method, Setting
+from muybridge.cli.bench.parts import Done
 from muybridge.metrics.base import Estimate
 from muybridge.proving_ground import motion_of
 from muybridge.proving_ground.score_files import read_scores

@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 
 from datamodules.prompts import prompt_id
-from muybridge.cli.comparison import FIGURES, commands
-from muybridge.cli.lessons import other_subjects
-from muybridge.cli.methods import TEACHER, Setting
-from muybridge.cli.parts import Done, Part
+from muybridge.cli.bench.comparison import FIGURES, commands
+from muybridge.cli.bench.lessons import other_subjects
+from muybridge.cli.bench.methods import TEACHER, Setting
+from muybridge.cli.bench.parts import Done, Part
 from muybridge.metrics.base import share
 from muybridge.proving_ground import MOTIONS, join_caption, look_of, motion_of, split_caption
 from muybridge.proving_ground.scene import World, draw_scene

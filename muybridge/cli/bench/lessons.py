@@ -15,8 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from muybridge.cli.methods import TEACHER, Method, Setting
-from muybridge.cli.parts import Part
+from muybridge.cli.bench.methods import TEACHER, Method, Setting
+from muybridge.cli.bench.parts import Part
 from muybridge.customization.tau import RESULT
 from muybridge.proving_ground import join_caption, look_of, split_caption
 from muybridge.proving_ground.captions import subject_words
