@@ -204,7 +204,10 @@ class Finetuning(DiffusionModule):
         if bool(drop.any()):
             empty = self.backbone.pair_unconditional(text, self.backbone.unconditional().to(clean.device))
             text = Conditioning.where(~drop, text, empty)
-        values = self.losses_of(self.noised_forward(clean, noise, t, text, batch))
+        return self.learn(self.losses_of(self.noised_forward(clean, noise, t, text, batch)), batch)
+
+    def learn(self, values: dict[str, Tensor], batch: Batch) -> Tensor:
+        """What is minimised: the mean of the weighted losses over the samples that are there; logged, and each loss with it."""
         share = self.share_of_batch(batch)
         loss = present_sum(self.total(values), batch.present) / share
         size = len(batch)

@@ -195,16 +195,7 @@ class TrajectoryDistillation(Finetuning):
         self._need_trajectories(batch)
         count = len(self.blocks(batch.latents.shape[3]).spans(batch.latents.shape[3]))
         chosen = self.draw_blocks(batch, count, self.places(batch.times).shape[1])
-        values = self.losses_of(self.along(batch, chosen))  # type: ignore[arg-type]
-        share = self.share_of_batch(batch)
-        loss = present_sum(self.total(values), batch.present) / share
-        size = len(batch)
-        self.samples_seen += size * self.trainer.world_size
-        self.log("train/loss", loss, prog_bar=True, batch_size=size, sync_dist=True)
-        if len(values) > 1:
-            means = {f"train/{n}": present_sum(v, batch.present) / share for n, v in values.items()}
-            self.log_dict(means, batch_size=size, sync_dist=True)
-        return loss
+        return self.learn(self.losses_of(self.along(batch, chosen)), batch)  # type: ignore[arg-type]
 
     def _measure(self, batch: Any) -> None:
         """The losses with all blocks at the same step, for each step."""
