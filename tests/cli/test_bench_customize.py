@@ -7,6 +7,7 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -139,14 +140,7 @@ def _scores(lesson: Lesson, motion: bool, leak: bool) -> Scores:
             0,
         )
         rows.append(replace(row, reference=lesson.caption, excess_shape=float(leak), excess_colour=0.0))
-    return Scores(tuple(rows), lesson_features(len(rows)))
-
-
-def lesson_features(count: int):  # type: ignore[no-untyped-def]
-    """Features that nothing here reads."""
-    import numpy as np
-
-    return np.zeros((count, 4), np.float32)
+    return Scores(tuple(rows), np.zeros((len(rows), 4), np.float32))
 
 
 def test_the_table_is_the_mean_over_lessons_and_says_nothing_of_half_a_seed(tmp_path: Path) -> None:
