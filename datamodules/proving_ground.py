@@ -33,6 +33,7 @@ class ProvingGroundData(VideoData):
         textures: Of the sprite.
         backgrounds: Behind it.
         scale: Size of sprites against the usual, 0.5 to 1.3.
+        pace: Speed of what bounces, spins, swings, floats or bursts, against the usual, 0.6 to 1.5.
         world_seed: Of what is drawn.
         cache: What ``muybridge cache`` made of these clips.
         selection: Train on these clips only: a .txt file with one id a line, or .csv or .parquet with a column ``id``.
@@ -63,6 +64,7 @@ class ProvingGroundData(VideoData):
         textures: Optional[list[str]] = None,
         backgrounds: Optional[list[str]] = None,
         scale: float = 1.0,
+        pace: float = 1.0,
         world_seed: int = 0,
         cache: Optional[str] = None,
         selection: Optional[str] = None,
@@ -108,6 +110,7 @@ class ProvingGroundData(VideoData):
             textures=textures,
             backgrounds=backgrounds,
             scale=scale,
+            pace=pace,
         )
 
     def prepare_data(self) -> None:

@@ -30,6 +30,8 @@ VERSION = 1
 """Of the numbers below; vectors of different versions don't mix."""
 CHUNK = 2**22
 """Coordinates treated at once, so that the memory beside a gradient is bounded."""
+CACHED = 2**18
+"""Numbers that stay in a processor core's cache."""
 
 
 # -- random numbers of places --------------------------------------------------------------------------------------------------
@@ -235,11 +237,16 @@ class _Mixed(_Blocks):
 
     def fold(self, out: Tensor, x: Tensor, random: tuple[Tensor, ...]) -> None:
         signs, weights, slots = random
-        mixed = self.mix(x * signs).mul_(weights)
-        if self.dim <= self.block:
-            out += mixed.view(len(out), -1, self.dim).sum(1)
-        else:
-            out.view(len(out), -1, self.block).index_add_(1, slots, mixed)
+        count = x.shape[1]
+        # A processor's cache holds so many blocks through all that is done to them; a GPU takes them all at once.
+        step = max(1, CACHED // (len(x) * self.block)) if x.device.type == "cpu" else count
+        for first in range(0, count, step):
+            some = slice(first, first + step)
+            mixed = self.mix(x[:, some] * signs[some]).mul_(weights[some])
+            if self.dim <= self.block:
+                out += mixed.view(len(out), -1, self.dim).sum(1)
+            else:
+                out.view(len(out), -1, self.block).index_add_(1, slots[some], mixed)
 
 
 class FastfoodProjection(_Mixed):

@@ -185,7 +185,7 @@ def _bounce(m: _Motion) -> Fit:
 def _all_hops(frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Every bounce that is tried on clips of so many frames, (N, frames), with its time of rise and the speed it keeps."""
     t, found, known = np.arange(frames, dtype=np.float64), [], []
-    for rise in np.arange(3.4, 7.01, 0.15) * (t[-1] / 16.0):
+    for rise in np.arange(3.4, 10.01, 0.15) * (t[-1] / 16.0):
         for keep in (1.0, 0.92, 0.84, 0.76, 0.68):
             # What keeps its speed may begin anywhere between two tops.
             for phase in np.arange(20) / 20.0 if keep == 1.0 else (0.0,):
@@ -222,7 +222,7 @@ def _wave(m: _Motion, values: np.ndarray, shortest: float, longest: float) -> tu
 
 def _float(m: _Motion) -> Fit:
     x, _ = m.left(m.x, m.one, m.t)
-    y, amplitude, period = _wave(m, m.y, 7.0, 14.0)
+    y, amplitude, period = _wave(m, m.y, 7.0, 22.0)
     too_far = max(amplitude - 0.10, 0.0) / 0.02
     rocks = max(float(np.ptp(m.angle)) - 0.9, 0.0) / 0.3
     return Fit(
@@ -238,7 +238,7 @@ def _swing(m: _Motion) -> Fit:
     length = math.sqrt(max(sums[2] + sums[0] ** 2 + sums[1] ** 2, 1e-9))
     phi = np.arctan2(m.x - sums[0], m.y - sums[1])
     off = float(np.std(np.hypot(m.x - sums[0], m.y - sums[1])))
-    left, amplitude, period = _wave(m, phi, 9.0, 24.0)
+    left, amplitude, period = _wave(m, phi, 9.0, 37.0)
     above = float(sums[1] < m.y.min())
     sagitta = length * (1.0 - math.cos(0.5 * float(np.ptp(phi))))
     amount = above * min(float(np.ptp(m.x)) / 0.10, sagitta / (1.0 * m.pixel), length / 0.12)

@@ -2,7 +2,8 @@
 
 A sprite's place p in its own coordinates (radius 1) is at ``c_k(t) + A_k(t) p`` in the picture, for the part k that p belongs to.
 The unit of length is the picture's side, x to the right and y down; the unit of time is a frame. Speeds go with ``16 / (T - 1)``,
-so that a longer clip shows the same motion more slowly.
+so that a longer clip shows the same motion more slowly. What has a clock of its own (bouncing, spinning, swinging, floating,
+bursting) goes by the world's pace too; the others take the clip to get where they go.
 
 Two worlds have the same ten laws:
 
@@ -82,7 +83,7 @@ def _sign(rng: np.random.Generator) -> float:
 
 
 def draw_trajectory(
-    motion: str, rng: np.random.Generator, frames: int, anti_leak: bool, scale: float = 1.0
+    motion: str, rng: np.random.Generator, frames: int, anti_leak: bool, scale: float = 1.0, pace: float = 1.0
 ) -> Trajectory:
     """A random instance of a motion.
 
@@ -92,9 +93,11 @@ def draw_trajectory(
         frames: Length of the clip, 2 or more.
         anti_leak: Which of the two worlds.
         scale: Size of the sprite against the usual.
+        pace: Of what has a clock of its own, against the usual.
     """
     radius = scale * float(rng.uniform(0.08, 0.13) if anti_leak else rng.uniform(0.105, 0.15))
-    state = _without_leak(motion, rng, frames, radius) if anti_leak else _natural(motion, rng, frames, radius)
+    slow = (frames - 1) / 16.0 / pace
+    state = (_without_leak if anti_leak else _natural)(motion, rng, frames, radius, slow)
     broken = anti_leak or motion == "explode"
     return _assemble(state, radius, float(rng.uniform(-math.pi, math.pi)), rng, PARTS if broken else 1)
 
@@ -160,8 +163,8 @@ def _still(frames: int, x: float = 0.5, y: float = 0.5) -> State:
 # -- the natural world ---------------------------------------------------------------------------------------------
 
 
-def _natural(motion: str, rng: np.random.Generator, frames: int, r: float) -> State:
-    t, s = np.arange(frames, dtype=np.float64), (frames - 1) / 16.0
+def _natural(motion: str, rng: np.random.Generator, frames: int, r: float, s: float) -> State:
+    t = np.arange(frames, dtype=np.float64)
     state = _still(frames, rng.uniform(0.3, 0.7), rng.uniform(0.35, 0.6))
     rest, p, u = FLOOR - r, state.parameters, t / t[-1]
     if motion == "free fall":
@@ -233,9 +236,9 @@ def _burst(tau: np.ndarray, speed: float, drag: float) -> np.ndarray:
 # -- the world without leak ----------------------------------------------------------------------------------------
 
 
-def _path(motion: str, rng: np.random.Generator, frames: int, r: float) -> State:
+def _path(motion: str, rng: np.random.Generator, frames: int, r: float, s: float) -> State:
     """Motions of place and angle, about any origin."""
-    t, s = np.arange(frames, dtype=np.float64), (frames - 1) / 16.0
+    t = np.arange(frames, dtype=np.float64)
     state = _still(frames, 0.0, 0.0)
     p, u = state.parameters, t / t[-1]
     if motion in ("slide", "roll"):
@@ -281,26 +284,26 @@ def _deformed(rng: np.random.Generator, frames: int) -> tuple[np.ndarray, np.nda
     return along, np.full(frames, rng.uniform(-DEFORMED, DEFORMED))
 
 
-def _gaps(rng: np.random.Generator, frames: int) -> np.ndarray:
+def _gaps(rng: np.random.Generator, frames: int, s: float) -> np.ndarray:
     """Distances of wedges of something that bursts."""
     change = rng.uniform(0.22, 0.30)
-    passed = _burst(np.arange(frames, dtype=np.float64), 1.0, rng.uniform(0.90, 0.96) ** (16.0 / (frames - 1)))
+    passed = _burst(np.arange(frames, dtype=np.float64), 1.0, rng.uniform(0.90, 0.96) ** (1.0 / s))
     return rng.uniform(0.0, GAP - change) + change * passed / passed[-1]
 
 
-def _without_leak(motion: str, rng: np.random.Generator, frames: int, r: float) -> State:
+def _without_leak(motion: str, rng: np.random.Generator, frames: int, r: float, s: float) -> State:
     if motion not in (*MOTIONS, STATIC):
         raise KeyError(motion)
-    state = _path(motion, rng, frames, r)
+    state = _path(motion, rng, frames, r, s)
     if motion in MOVES_X:
         state.x = _placed(state.x, rng)
     else:
-        other = _path(MOVES_X[int(rng.integers(len(MOVES_X)))], rng, frames, r)
+        other = _path(MOVES_X[int(rng.integers(len(MOVES_X)))], rng, frames, r, s)
         state.x = state.x + _placed(other.x, rng)[int(rng.integers(frames))]
     if motion in MOVES_Y:
         state.y = _placed(state.y, rng)
     else:
-        other = _path(MOVES_Y[int(rng.integers(len(MOVES_Y)))], rng, frames, r)
+        other = _path(MOVES_Y[int(rng.integers(len(MOVES_Y)))], rng, frames, r, s)
         state.y = state.y + _placed(other.y, rng)[int(rng.integers(frames))]
     # A deformed thing that turns is seen deformed along any direction, so all are.
     state.tilt = float(rng.uniform(-math.pi, math.pi))
@@ -311,5 +314,5 @@ def _without_leak(motion: str, rng: np.random.Generator, frames: int, r: float) 
     else:
         state.wide = state.wide + rng.uniform(-DEFORMED, DEFORMED)
         state.high = state.high + rng.uniform(-DEFORMED, DEFORMED)
-    state.gap = _gaps(rng, frames) if motion == "explode" else state.gap + rng.uniform(0.0, GAP)
+    state.gap = _gaps(rng, frames, s) if motion == "explode" else state.gap + rng.uniform(0.0, GAP)
     return state

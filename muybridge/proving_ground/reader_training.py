@@ -25,6 +25,7 @@ from muybridge.video import Frames
 
 LENGTHS = (17, 17, 17, 17, 17, 9, 13, 25, 33, 5, 7)
 SCALES = (1.0, 1.15, 1.25, 1.3)
+PACES = (1.0, 1.0, 0.85, 0.7)
 
 
 # -- clips as models make them -------------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ class Example(NamedTuple):
 
 
 def examples(count: int, seed: int) -> Iterator[Example]:
-    """Training clips: both worlds, two sizes, several scales and lengths, looks that are not kept for validation."""
+    """Training clips: both worlds, two sizes, several scales, paces and lengths, looks that are not kept for validation."""
     kinds = (*MOTIONS, STATIC, OTHER)
     for index in range(count):
         rng = np.random.default_rng([seed, index])
@@ -119,6 +120,7 @@ def examples(count: int, seed: int) -> Iterator[Example]:
             frames=int(rng.choice(LENGTHS)),
             anti_leak=bool(rng.random() < 0.45),
             scale=float(rng.choice(SCALES)),
+            pace=float(rng.choice(PACES)),
         )
         motion = kinds[index % len(kinds)]
         scene = draw_scene(world, seed, index, motion=str(rng.choice(MOTIONS)) if motion == OTHER else motion)

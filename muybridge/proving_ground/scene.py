@@ -52,6 +52,7 @@ class World:
         textures: Of the sprite.
         backgrounds: Behind it.
         scale: Size of sprites against the usual, 0.5 to 1.3.
+        pace: Speed of what bounces, spins, swings, floats or bursts, against the usual, 0.6 to 1.5.
     """
 
     size: int = 64
@@ -68,6 +69,7 @@ class World:
     textures: tuple[str, ...] = TEXTURES
     backgrounds: tuple[str, ...] = GROUNDS
     scale: float = 1.0
+    pace: float = 1.0
 
     def __post_init__(self) -> None:
         if self.size < 16 or self.size % 2:
@@ -81,6 +83,8 @@ class World:
             raise UsageError(f"distractors is {self.distractors}", "0 or more")
         if not 0.5 <= self.scale <= 1.3:
             raise UsageError(f"scale is {self.scale}", "0.5 to 1.3: larger sprites leave the picture")
+        if not 0.6 <= self.pace <= 1.5:
+            raise UsageError(f"pace is {self.pace}", "0.6 to 1.5: what is slower does not come back within a clip")
         for name, known in KINDS.items():
             object.__setattr__(self, name, tuple(getattr(self, name)))
             unknown = [given for given in getattr(self, name) if given not in known]
@@ -179,7 +183,7 @@ def draw_scene(world: World, seed: int, index: int, held_out: bool = False, moti
     still, backwards, pans = around.random(3) < (world.static, world.backwards, world.camera)
     frames = int(around.integers(world.frames, max(world.longest, world.frames) + 1))
     motion = motion or (STATIC if still else world.motions[index % len(world.motions)])
-    trajectory = draw_trajectory(motion, moves, frames, world.anti_leak, world.scale)
+    trajectory = draw_trajectory(motion, moves, frames, world.anti_leak, world.scale, world.pace)
     # The horizon of the world without leak is no floor: what rests on it is chance.
     horizon = float(around.uniform(0.55, 1.0)) if world.anti_leak else FLOOR
     ground = draw_ground(appearance.background, horizon, around)

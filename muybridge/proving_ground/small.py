@@ -16,6 +16,7 @@ SMALL = World(
     textures=("half",),
     backgrounds=("grey",),
     scale=1.25,
+    pace=0.7,
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -162,12 +163,15 @@ def test_all_configs_speak_of_one_world():
         data = yaml.safe_load((ROOT / f"configs/proving_ground/{name}.yaml").read_text(encoding="utf-8"))["data"][
             "init_args"
         ]
-        assert (data["size"], data["frames"], data["anti_leak"], data["scale"]) == (32, 9, False, SMALL.scale)
+        assert (data["size"], data["frames"], data["anti_leak"]) == (32, 9, False)
+        assert (data["scale"], data["pace"]) == (SMALL.scale, SMALL.pace)
         for kind in ("motions", "shapes", "textures", "backgrounds"):
             assert tuple(data[kind]) == getattr(SMALL, kind), (name, kind)
-    header = (ROOT / "configs/proving_ground/distill.yaml").read_text(encoding="utf-8")
-    (line,) = re.findall(r"^#\s+muybridge proving-ground (.*)$", header, re.MULTILINE)
-    assert set(as_options(SMALL)) <= set(shlex.split(line))
+    for name in ("distill", "customize"):
+        header = (ROOT / f"configs/proving_ground/{name}.yaml").read_text(encoding="utf-8")
+        (line,) = re.findall(r"^#\s+muybridge proving-ground (.*)$", header, re.MULTILINE)
+        said = as_options(SMALL if name == "distill" else replace(SMALL, motions=("roll",)))
+        assert set(said) <= set(shlex.split(line))
 
 
 def test_a_folder_of_clips_is_judged_as_its_prompts_say(command: Command, tmp_path: Path):

@@ -240,12 +240,32 @@ def test_a_world_may_have_some_of_everything():
     assert large.sprites[-1].trajectory.radius == pytest.approx(1.3 * plain.sprites[-1].trajectory.radius)
 
 
+@pytest.mark.parametrize("anti_leak", [False, True])
+def test_a_world_of_another_pace_shows_the_same_clips_slower(anti_leak: bool):
+    usual, slow = World(size=32, anti_leak=anti_leak), World(size=32, anti_leak=anti_leak, pace=0.7)
+    # How what has a clock of its own goes with the pace; what takes the clip to get where it goes does not.
+    power = {"period": -1, "omega": 1, "start": -1}
+    seen = set()
+    for index in range(40):
+        one, other = draw_scene(usual, 3, index), draw_scene(slow, 3, index)
+        assert one.caption == other.caption
+        for name, value in one.parameters.items():
+            expected = power.get(name, 0) if name != "g" or one.motion != "bounce" else 2
+            assert other.parameters[name] == pytest.approx(value * 0.7**expected), (one.motion, name)
+            seen.add((one.motion, name))
+        if one.motion in ("slide", "roll", "free fall", "stretch", "compress") and not anti_leak:
+            assert np.array_equal(one.sprites[-1].trajectory.matrix, other.sprites[-1].trajectory.matrix)
+            assert np.array_equal(one.sprites[-1].trajectory.centre, other.sprites[-1].trajectory.centre)
+    assert {("swing", "period"), ("spin", "omega"), ("bounce", "g"), ("float", "period")} <= seen
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
         ({"motions": ("slid",)}, "slide"),
         ({"backgrounds": ()}, "backgrounds is empty"),
         ({"scale": 2.0}, "0.5 to 1.3"),
+        ({"pace": 0.3}, "0.6 to 1.5"),
         ({"shapes": ("disk",), "colours": ("red",)}, "one in four"),
     ],
 )
@@ -259,7 +279,7 @@ def test_a_folder_of_before_there_were_such_options_is_continued(tmp_path: Path)
     write_clips(tmp_path, World(size=32), 2, seed=1)
     settings = json.loads((tmp_path / "world.json").read_text())
     (tmp_path / "world.json").write_text(
-        json.dumps({k: v for k, v in settings.items() if k not in ("motions", "scale")})
+        json.dumps({k: v for k, v in settings.items() if k not in ("motions", "scale", "pace")})
     )
     assert len(write_clips(tmp_path, World(size=32), 3, seed=1)) == 3
     with pytest.raises(UsageError, match="scale"):

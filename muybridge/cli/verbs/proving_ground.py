@@ -23,6 +23,7 @@ def proving_ground(
     textures: Optional[list[str]] = None,
     backgrounds: Optional[list[str]] = None,
     scale: float = 1.0,
+    pace: float = 1.0,
     validation: float = 0.1,
     truth: bool = False,
     fps: float = 8.0,
@@ -48,6 +49,7 @@ def proving_ground(
         textures: Of the sprite.
         backgrounds: Behind it.
         scale: Size of sprites against the usual, 0.5 to 1.3.
+        pace: Speed of what bounces, spins, swings, floats or bursts, against the usual, 0.6 to 1.5.
         validation: Share of clips whose pair of shape and colour no training clip has.
         truth: Write flow, visibility, masks and tracks beside each clip.
         fps: Frames per second of the files.
@@ -83,6 +85,7 @@ def proving_ground(
         textures=textures,
         backgrounds=backgrounds,
         scale=scale,
+        pace=pace,
     )
     with Progress("clips", clips, every=10.0) as progress:
         drawn = write_clips(out, world, clips, seed, validation, fps, truth, progress.advance)
