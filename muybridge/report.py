@@ -20,6 +20,7 @@ import numpy as np
 
 from muybridge.errors import UsageError
 from muybridge.metrics.base import Estimate
+from muybridge.whole import write_text
 
 SMALL_FILE = 2**16
 """A clip of fewer bytes has few pixels: they are shown as squares, not blurred."""
@@ -267,12 +268,7 @@ def render(report: Report) -> str:
 
 def write_report(path: str | Path, report: Report) -> Path:
     """The page as a file, written whole or not at all."""
-    file = Path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(render(report), encoding="utf-8")
-    os.replace(temporary, file)
-    return file
+    return write_text(path, render(report))
 
 
 def number(value: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from muybridge.errors import UsageError
+from muybridge.whole import whole
 
 if TYPE_CHECKING:
     from muybridge.data.decoding import VideoReader
@@ -37,12 +37,6 @@ def to_pixels(frames: Frames) -> Tensor:
     return planar.float().div_(127.5).sub_(1.0)
 
 
-def _temporary(path: Path) -> Path:
-    """A sibling with the same suffix (encoders choose the format by it), unique to this process."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-
-
 def write_video(path: str | Path, frames: Frames, fps: float = 16.0, crf: int = 18, exact: bool = False) -> Path:
     """An H.264 mp4 that browsers play, written whole or not at all.
 
@@ -63,9 +57,7 @@ def write_video(path: str | Path, frames: Frames, fps: float = 16.0, crf: int = 
             f"frames of shape {frames.shape} and dtype {frames.dtype}: expected (F, H, W, 3), uint8, F > 0"
         )
     even = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
-    path = Path(path)
-    temporary = _temporary(path)
-    with av.open(str(temporary), "w") as container:
+    with whole(path, suffix=True) as temporary, av.open(str(temporary), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width, stream.pix_fmt = even.shape[1], even.shape[2], "yuv420p"
         stream.options = {"crf": str(crf)}
@@ -77,20 +69,17 @@ def write_video(path: str | Path, frames: Frames, fps: float = 16.0, crf: int = 
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
-    os.replace(temporary, path)
-    return path
+    return Path(path)
 
 
 def write_gif(path: str | Path, frames: Frames, fps: float = 8.0) -> Path:
     """A looping GIF, for pages that play no video."""
     from PIL import Image
 
-    path = Path(path)
-    temporary = _temporary(path)
     images = [Image.fromarray(frame) for frame in frames]
-    images[0].save(temporary, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
-    os.replace(temporary, path)
-    return path
+    with whole(path, suffix=True) as temporary:
+        images[0].save(temporary, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
+    return Path(path)
 
 
 def contact_sheet(clips: Sequence[Frames], columns: int = 8, gap: int = 2) -> np.ndarray:
@@ -109,11 +98,9 @@ def write_image(path: str | Path, image: np.ndarray) -> Path:
     """A PNG or JPEG."""
     from PIL import Image
 
-    path = Path(path)
-    temporary = _temporary(path)
-    Image.fromarray(image).save(temporary)
-    os.replace(temporary, path)
-    return path
+    with whole(path, suffix=True) as temporary:
+        Image.fromarray(image).save(temporary)
+    return Path(path)
 
 
 def frame_count(path: str | Path) -> int:

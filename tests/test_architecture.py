@@ -21,6 +21,8 @@ HEIGHT = {
     "": 0,
     "errors": 0,
     "permissions": 0,
+    "whole": 0,
+    "begun": 0,
     "registry": 0,
     "diffusion": 1,
     "batch": 2,

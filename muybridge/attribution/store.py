@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from torch import Tensor
 from muybridge.data.cache import check_same
 from muybridge.data.shards import write_part
 from muybridge.errors import UsageError
+from muybridge.whole import write_text
 
 FORMAT = 1
 MANIFEST = "_manifest.json"
@@ -226,10 +226,7 @@ class StoreWriter:
         elif self.path.is_dir() and any(p.name[0] not in "._" for p in self.path.iterdir()):
             raise UsageError(f"{path} exists and is no influence store", "a new or empty folder, or a store")
         else:
-            self.path.mkdir(parents=True, exist_ok=True)
-            temporary = self.path / f"._manifest.{os.getpid()}"
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, self.path / MANIFEST)
+            write_text(self.path / MANIFEST, json.dumps(content, indent=2) + "\n")
         self.dim = int(content["projection"]["dim"])
         self.counts: dict[str, int] = {}
         self._known: dict[str, set[tuple[str, int, float]]] = {}

@@ -7,7 +7,6 @@ pipelines load them with ``load_lora_weights``.
 from __future__ import annotations
 
 import json
-import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -34,6 +33,7 @@ from muybridge.backbones.lora import (
 )
 from muybridge.errors import UsageError, did_you_mean
 from muybridge.permissions import as_usual
+from muybridge.whole import whole
 
 Format = Literal["diffusers", "comfyui"]
 HEADER = "muybridge"
@@ -59,17 +59,11 @@ def _layers_of(network: nn.Module, name: str) -> dict[str, LowRank]:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    """Write under a temporary name and rename: a file of that name is always whole."""
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with whole(path) as partial:
         save_file(tensors, partial, metadata={"format": "pt", **header})
         as_usual(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def save_adapter(backbone: Backbone, path: str | Path, format: Format = "diffusers", name: str = NAME) -> list[Path]:

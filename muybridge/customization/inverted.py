@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from muybridge.diffusion import inversion
 from muybridge.diffusion.samplers import OnStep
 from muybridge.errors import UsageError
 from muybridge.permissions import as_usual
+from muybridge.whole import whole
 
 KEY = "muybridge_inversion"
 """Our entry in the file's header."""
@@ -84,20 +84,14 @@ def invert_clip(
 
 
 def write_inverted(path: str | Path, found: Inverted) -> Path:
-    """Write under a temporary name and rename."""
+    """A safetensors file, with what it says in its header."""
     from safetensors.torch import save_file
 
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     tensors = {"noise": found.noise.contiguous().cpu(), "clean": found.clean.contiguous().cpu()}
-    try:
+    with whole(path) as partial:
         save_file(tensors, partial, metadata={"format": "pt", KEY: json.dumps(found.about)})
         as_usual(partial)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return target
+    return Path(path)
 
 
 def read_inverted(path: str | Path, backbone: Backbone | None = None) -> Inverted:

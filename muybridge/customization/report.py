@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,18 +16,10 @@ from muybridge.customization.boundary import Estimate, Point, by_clip, early, es
 from muybridge.customization.probe import Cell
 from muybridge.customization.tau import RESULT
 from muybridge.diffusion.boundaries import Boundary
-from muybridge.errors import UsageError
+from muybridge.whole import whole, write_text
 
 TABLE = "grid.csv"
 SETTINGS = "settings.json"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Under a temporary name, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8", newline="")
-    os.replace(partial, path)
 
 
 def write_cells(path: Path, cells: Sequence[Cell]) -> None:
@@ -44,22 +35,6 @@ def read_cells(path: Path) -> list[Cell]:
     """What :func:`write_cells` wrote."""
     with path.open(newline="", encoding="utf-8") as file:
         return [Cell.of_row(row) for row in csv.DictReader(file)]
-
-
-def agree(folder: Path, settings: dict[str, Any]) -> None:
-    """Note the settings of a probe; refuse to go on with one that was made under others."""
-    file = folder / SETTINGS
-    wanted = json.loads(json.dumps(settings))
-    if file.is_file():
-        made = json.loads(file.read_text(encoding="utf-8"))
-        other = [key for key in wanted if made.get(key) != wanted[key]]
-        if other:
-            raise UsageError(
-                f"{folder} holds a probe with {other[0]} {made.get(other[0])!r}",
-                f"{wanted[other[0]]!r}, as is asked for now",
-                "choose another --out, or remove the folder",
-            )
-    write_text(file, json.dumps(wanted, indent=2) + "\n")
 
 
 def _place(found: Estimate, backbone: Backbone) -> dict[str, Any]:
@@ -169,12 +144,11 @@ def _heat(pyplot: Any, axis: Any, cells: Sequence[Cell], key: str) -> None:
 
 
 def save_figure(figure: Any, path: Path) -> Path:
-    """Under a temporary name, then renamed; the figure is closed."""
+    """A PNG; the figure is closed."""
     from matplotlib import pyplot
 
     figure.tight_layout()
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.png")
-    figure.savefig(partial, dpi=120)
-    os.replace(partial, path)
+    with whole(path, suffix=True) as partial:
+        figure.savefig(partial, dpi=120)
     pyplot.close(figure)
     return path

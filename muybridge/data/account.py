@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from muybridge.errors import UsageError
+from muybridge.whole import whole
 
 FILE = "bad_videos.jsonl"
 
@@ -131,7 +131,5 @@ def merge(file: Path, reasons: Mapping[str, str], paths: Mapping[str, str]) -> N
     unique = {(name, reason): line(name, path, reason) for name, path, reason in rows}
     if not unique:
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_bytes("".join(unique.values()).encode("utf-8", "backslashreplace"))
-    os.replace(temporary, file)
+    with whole(file) as temporary:
+        temporary.write_bytes("".join(unique.values()).encode("utf-8", "backslashreplace"))

@@ -13,7 +13,6 @@ Columns know nothing of one another, so another kind is added to a cache without
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,12 +25,14 @@ from torch import Tensor
 
 from muybridge.backbones.base import Backbone
 from muybridge.batch import Batch
+from muybridge.begun import check_same, refuse_others
 from muybridge.data.buckets import Bucket
 from muybridge.data.clips import Clip
 from muybridge.data.content import content_key, latents_key, size_of_key, text_encoder_key, text_key
 from muybridge.data.shards import ShardReader, ShardWriter, find_broken, remove, sweep
 from muybridge.diffusion.conditioning import Conditioning
 from muybridge.errors import UsageError
+from muybridge.whole import write_text
 
 FORMAT = 1
 """Of the whole layout; a cache of another number is refused."""
@@ -85,20 +86,6 @@ def unconditional_name(negative_prompt: str = "") -> str:
 # -- manifests -----------------------------------------------------------------------------------------------------------------
 
 
-def _plain(key: Key) -> dict[str, Any]:
-    """As it comes back from a file, so that tuples equal lists."""
-    return json.loads(json.dumps(dict(key)))
-
-
-def check_same(what: str, made: Key, wanted: Key, todo: str) -> None:
-    """Refuse to go on under other settings than something was made with, naming each that differs and both its values."""
-    made, wanted = _plain(made), _plain(wanted)
-    fields = [name for name in dict.fromkeys([*made, *wanted]) if made.get(name) != wanted.get(name)]
-    if fields:
-        said = "; ".join(f"{name} is {made.get(name)!r} there and {wanted.get(name)!r} here" for name in fields)
-        raise UsageError(f"{what} made under other settings: {said}", "the same settings", f"set them back, or {todo}")
-
-
 def check_key(cache: Path, made: Key, wanted: Key) -> None:
     """Refuse a cache made under other settings."""
     check_same(f"the cache {cache} was", made, wanted, "make another cache: muybridge cache --out ANOTHER")
@@ -148,16 +135,10 @@ def open_column(
         manifest = read_manifest(folder)
         for section, wanted in content.items():
             check_key(Path(cache), manifest[section], wanted)
-    elif folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
-        raise UsageError(
-            f"{folder} exists and is no cache", "a new or empty folder, or a cache", "choose another --out"
-        )
     else:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".manifest.{os.getpid()}"
+        refuse_others(folder, "cache")
         text = json.dumps({"format": FORMAT, "column": name, **content}, indent=2)
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, folder / "manifest.json")
+        write_text(folder / "manifest.json", text + "\n")
     sweep(folder)
     remove(folder, find_broken(folder))
     return ShardWriter(folder, COLUMNS[name], **options)

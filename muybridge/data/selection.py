@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 
 from muybridge.diffusion.draws import keyed_generator
 from muybridge.errors import UsageError
+from muybridge.whole import whole
 
 _META = b"muybridge"
 KINDS = "a .txt file with one id a line, or a .csv or .parquet file with a column id"
@@ -64,10 +64,8 @@ def write_selection(
     if weights is not None:
         columns["weight"] = pa.array([float(w) for w in weights], pa.float64())
     table = pa.table(columns).replace_schema_metadata({_META: json.dumps(dict(meta or {}))})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(table, temporary)
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        pq.write_table(table, temporary)
     return path
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from muybridge.errors import UsageError
 from muybridge.permissions import as_usual
+from muybridge.whole import whole
 
 COLUMNS = pa.schema(
     [
@@ -65,10 +66,9 @@ def _sync(path: Path) -> None:
 
 def write_part(path: Path, table: pa.Table) -> None:
     """Write one part of an index, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(table, temporary)
-    _sync(temporary)
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        pq.write_table(table, temporary)
+        _sync(temporary)
 
 
 class ShardWriter:
@@ -146,12 +146,11 @@ class ShardWriter:
         from safetensors.torch import save_file
 
         path = self._claim()
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(self._tensors, temporary)
-        as_usual(temporary)
-        _sync(temporary)
-        size = temporary.stat().st_size
-        os.replace(temporary, path)
+        with whole(path) as temporary:
+            save_file(self._tensors, temporary)
+            as_usual(temporary)
+            _sync(temporary)
+            size = temporary.stat().st_size
         rows = [{**row, "shard": path.name} for row in self._rows]
         table = pa.Table.from_pylist(rows, schema=self.schema.with_metadata({_SIZE: str(size)}))
         write_part(path.with_suffix(".parquet"), table)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,10 +20,12 @@ import torch
 from torch import Tensor
 
 from muybridge.batch import joined_presence
+from muybridge.begun import refuse_others
 from muybridge.data.cache import check_same
 from muybridge.data.shards import ShardReader, ShardWriter, find_broken, remove, sweep
 from muybridge.diffusion.conditioning import Conditioning
 from muybridge.errors import UsageError
+from muybridge.whole import write_text
 
 FORMAT = 1
 COLUMNS = pa.schema([("prompt", pa.string()), ("times", pa.list_(pa.float64()))])
@@ -112,15 +113,10 @@ class TrajectoryWriter:
         self.folder, self.dtype = Path(folder), dtype
         if (self.folder / "manifest.json").exists():
             check_same(f"the trajectories in {folder} were", read_made(self.folder), made, "write to another folder")
-        elif self.folder.exists() and any(not p.name.startswith(".") for p in self.folder.iterdir()):
-            raise UsageError(
-                f"{folder} exists and holds no trajectories", "a new or empty folder, or trajectories", "choose another"
-            )
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = self.folder / f".manifest.{os.getpid()}"
-            temporary.write_text(json.dumps({"format": FORMAT, "made": dict(made)}, indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, self.folder / "manifest.json")
+            refuse_others(self.folder, "trajectories")
+            text = json.dumps({"format": FORMAT, "made": dict(made)}, indent=2)
+            write_text(self.folder / "manifest.json", text + "\n")
         sweep(self.folder)
         remove(self.folder, find_broken(self.folder))
         self.done = set(ShardReader(self.folder))

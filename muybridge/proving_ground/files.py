@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -18,10 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from muybridge.begun import begin
 from muybridge.errors import UsageError
 from muybridge.proving_ground.render import Truth, render, render_with_truth
 from muybridge.proving_ground.scene import Scene, World, draw_scene
 from muybridge.video import write_video
+from muybridge.whole import whole, write_text
 
 SETTINGS = "world.json"
 PARTS = ("train", "validation")
@@ -97,22 +98,9 @@ def write_clips(
     if count < 1 or not 0.0 <= validation < 1.0:
         raise UsageError(f"{count} clips, a share of {validation} for validation", "1 or more, and 0 up to less than 1")
     root = Path(out)
-    settings = json.loads(json.dumps({**asdict(world), "seed": seed, "validation": validation, "fps": fps}))
-    file = root / SETTINGS
-    if file.is_file():
-        # What a folder does not say was the only way when it was written.
-        before = {**json.loads(json.dumps(asdict(World()))), **json.loads(file.read_text(encoding="utf-8"))}
-        other = [name for name in settings if before.get(name) != settings[name]]
-        if other:
-            name = other[0]
-            raise UsageError(
-                f"{root} holds clips with {name} {before.get(name)}, and {settings[name]} is asked for",
-                "the same settings, to go on; count and truth may differ",
-                "another folder",
-            )
-    else:
-        root.mkdir(parents=True, exist_ok=True)
-        _write_text(file, json.dumps(settings, indent=2) + "\n")
+    settings = {**asdict(world), "seed": seed, "validation": validation, "fps": fps}
+    # Count and truth may differ, and a folder may hold other things beside its clips.
+    begin(root / SETTINGS, settings, "clips", asdict(World()), alone=False, todo="write to another folder")
     drawn = []
     for scene in scenes(world, count, seed, validation):
         drawn.append(scene)
@@ -140,16 +128,8 @@ def read_truth(path: str | Path) -> Truth:
 
 
 def _write_truth(file: Path, truth: Truth) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.stem}.{os.getpid()}.npz")
-    np.savez_compressed(temporary, **{name: getattr(truth, name) for name in Truth.__dataclass_fields__})
-    os.replace(temporary, file)
-
-
-def _write_text(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    with whole(file, suffix=True) as temporary:
+        np.savez_compressed(temporary, **{name: getattr(truth, name) for name in Truth.__dataclass_fields__})
 
 
 def _write_tables(root: Path, rows: list[dict[str, Any]]) -> None:
@@ -161,13 +141,11 @@ def _write_tables(root: Path, rows: list[dict[str, Any]]) -> None:
     schema = pa.schema([(name, kinds.get(name, pa.string())) for name in rows[0]])
     for name in ("clips", *PARTS):
         part = [r for r in rows if name in ("clips", r["split"])]
-        file = root / f"{name}.parquet"
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        pq.write_table(pa.Table.from_pylist(part, schema=schema), temporary)
-        os.replace(temporary, file)
+        with whole(root / f"{name}.parquet") as temporary:
+            pq.write_table(pa.Table.from_pylist(part, schema=schema), temporary)
         if name in PARTS:
             lines = [json.dumps({"id": r["id"], "prompt": r["caption"]}) + "\n" for r in part]
-            _write_text(root / f"{name}_prompts.jsonl", "".join(lines))
+            write_text(root / f"{name}_prompts.jsonl", "".join(lines))
 
 
 def held(root: str | Path) -> int:

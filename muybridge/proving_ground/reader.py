@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from muybridge.proving_ground.appearance import COLOURS, SHAPES
 from muybridge.proving_ground.motions import MOTIONS, STATIC
 from muybridge.proving_ground.tracking import Track, saturation, track
 from muybridge.video import Frames
+from muybridge.whole import whole
 
 OTHER = "other"
 """Read of what moves like none of the ten, and of clips without anything to see."""
@@ -234,13 +234,10 @@ class Reader(nn.Module):
         """Write the weights."""
         from safetensors.torch import save_file
 
-        file = Path(path)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.stem}.{os.getpid()}{file.suffix}")
-        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, temporary)
-        as_usual(temporary)
-        os.replace(temporary, file)
-        return file
+        with whole(path) as temporary:
+            save_file({name: value.contiguous() for name, value in self.state_dict().items()}, temporary)
+            as_usual(temporary)
+        return Path(path)
 
     @torch.no_grad()
     def read(self, clips: Sequence[Frames]) -> list[Reading]:

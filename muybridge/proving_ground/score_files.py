@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,21 +10,17 @@ import numpy as np
 
 from muybridge.errors import UsageError
 from muybridge.proving_ground.scoring import Row, Scores
+from muybridge.whole import write_text
 
 
 def write_scores(path: str | Path, scores: Scores) -> Path:
     """A JSON file: the summary for those who read it, then all rows and features."""
-    file = Path(path)
     held = {
         "summary": {name: estimate._asdict() for name, estimate in scores.summary.items()},
         "rows": scores.table(),
         "features": [[round(float(x), 5) for x in feature] for feature in scores.features],
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(held) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
-    return file
+    return write_text(path, json.dumps(held) + "\n")
 
 
 def read_scores(path: str | Path) -> Scores:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from muybridge.cli.bench.parts import Part, agree, one_thread, read_done, run_parts
+from muybridge.cli.bench.parts import Part, one_thread, read_done, run_parts
 from muybridge.errors import UsageError
 
 
@@ -70,18 +70,6 @@ def test_a_part_that_is_another_now_is_not_taken_for_done(tmp_path: Path):
         read_done(tmp_path, other)
     with pytest.raises(ValueError, match="two parts are called a"):
         World().through([*PARTS, other], tmp_path)
-
-
-def test_a_folder_belongs_to_its_settings(tmp_path: Path):
-    root = tmp_path / "run"
-    agree(root, {"updates": 3, "model": "x"})
-    agree(root, {"updates": 3, "model": "x"})
-    with pytest.raises(UsageError, match="begun with updates 3, and 4 is asked for"):
-        agree(root, {"updates": 4, "model": "x"})
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full/mine").write_text("")
-    with pytest.raises(UsageError, match="holds something else"):
-        agree(tmp_path / "full", {})
 
 
 def test_small_networks_get_one_thread_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch):

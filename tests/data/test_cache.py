@@ -364,7 +364,7 @@ def test_what_is_no_cache_is_said(made: Path, tmp_path: Path, damage: str) -> No
 def test_a_folder_of_other_things_is_not_written_into(encoders, tmp_path: Path) -> None:
     (tmp_path / "latents").mkdir()
     (tmp_path / "latents" / "thesis.tex").write_text("!", encoding="utf-8")
-    with pytest.raises(UsageError, match="exists and is no cache"):
+    with pytest.raises(UsageError, match="exists and holds no cache"):
         open_column(tmp_path, "latents", latents_key(encoders), PREPROCESSING)
 
 

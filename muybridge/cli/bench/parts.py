@@ -13,6 +13,7 @@ from pathlib import Path
 
 from muybridge.cli.progress import duration
 from muybridge.errors import UsageError
+from muybridge.whole import write_text
 
 THOUGHT = 20.0
 """Seconds."""
@@ -51,29 +52,6 @@ class Done:
 
     command: str
     seconds: float
-
-
-def agree(root: Path, settings: dict[str, object]) -> None:
-    """Begin a folder, or go on with one that was begun with the same settings."""
-    note = root / "settings.json"
-    given = json.loads(json.dumps(settings))
-    if note.is_file():
-        before = json.loads(note.read_text(encoding="utf-8"))
-        other = [name for name in given if before.get(name) != given[name]]
-        if other:
-            name = other[0]
-            raise UsageError(
-                f"{root} was begun with {name} {before.get(name)}, and {given[name]} is asked for",
-                "the same settings, to go on",
-                "choose another --out, or remove the folder",
-            )
-        return
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UsageError(
-            f"{root} exists and holds something else", "a new folder, or one that was begun", "choose another --out"
-        )
-    root.mkdir(parents=True, exist_ok=True)
-    _write(note, given)
 
 
 def run_parts(
@@ -119,7 +97,8 @@ def run_parts(
                 "then the same command again: it goes on from here",
             )
         done = Done(part.command, round(clock() - before, 1))
-        _write(root / "done" / f"{part.name}.json", {"command": done.command, "seconds": done.seconds})
+        known = {"command": done.command, "seconds": done.seconds}
+        write_text(root / "done" / f"{part.name}.json", json.dumps(known, indent=2) + "\n")
         found[part.name] = done
         worked += part.weight
         after(part)
@@ -157,10 +136,3 @@ def read_done(root: Path, part: Part) -> Done | None:
             "remove that file to run this part again, or choose another --out",
         )
     return Done(held["command"], float(held["seconds"]))
-
-
-def _write(file: Path, content: object) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, file)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import statistics
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import muybridge
 from muybridge.cli.bench.comparison import FIGURES, Compared, read_compared
 from muybridge.cli.bench.methods import Method, Setting
 from muybridge.report import number
+from muybridge.whole import write_text
 
 
 def spread(values: Sequence[float]) -> float:
@@ -40,9 +40,7 @@ def write_results(root: Path, markdown: str, data: dict[str, Any]) -> tuple[Path
     """``results.md`` for people and ``results.json`` for programs, each whole or not at all."""
     files = root / "results.md", root / "results.json"
     for file, text in zip(files, (markdown, json.dumps(data, indent=2) + "\n"), strict=True):
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, file)
+        write_text(file, text)
     return files
 
 

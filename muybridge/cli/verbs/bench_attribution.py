@@ -52,8 +52,9 @@ def bench_attribution(
         only: Which selections are trained on, where not all are wanted.
     """
     from muybridge.backbones.checkpoint import local_directory
+    from muybridge.begun import begin
     from muybridge.cli.bench.methods import Setting, pick
-    from muybridge.cli.bench.parts import Part, agree, run_parts
+    from muybridge.cli.bench.parts import Part, run_parts
     from muybridge.cli.bench.questions import Question, methods
     from muybridge.cli.bench.questions_board import Board
     from muybridge.cli.front import run
@@ -98,7 +99,7 @@ def bench_attribution(
     lost = [f"{m} under seed {q.setting.seed}" for q in questions for m in targets if not q.queries(m)]
     if lost:
         raise UsageError(f"of {clips} clips no query shows {lost[0]}", "one or more", "draw more --clips")
-    agree(root, {"model": model, **numbers})
+    begin(root / "settings.json", {"model": model, **numbers}, "results")
     for question in questions:
         question.write_halves()
     command = ["bench-attribution", f"--model={model}", f"--seeds={seeds}", f"--targets={json.dumps(targets)}"]

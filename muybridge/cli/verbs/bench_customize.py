@@ -45,10 +45,11 @@ def bench_customize(
         more: Further methods, such as ``[{"name": "mine", "title": "mine", "config": "mine.yaml", "trained": true}]``.
     """
     from muybridge.backbones.checkpoint import local_directory
+    from muybridge.begun import begin
     from muybridge.cli.bench.lessons import PROBED, Probing, lessons, methods
     from muybridge.cli.bench.lessons_board import LessonsBoard
     from muybridge.cli.bench.methods import pick
-    from muybridge.cli.bench.parts import Part, agree, run_parts
+    from muybridge.cli.bench.parts import Part, run_parts
     from muybridge.cli.front import run
     from muybridge.proving_ground import MOTIONS
     from muybridge.proving_ground.small import SMALL
@@ -71,7 +72,7 @@ def bench_customize(
     if len({method.name for method in known}) < len(known):
         raise UsageError("a further method is called like another", f"none of {', '.join(m.name for m in known)}")
     chosen = pick(only if only is not None else [method.name for method in known], known)
-    agree(root, {"model": model, "prompts": prompts, "updates": updates, "probed": probed})
+    begin(root / "settings.json", {"model": model, "prompts": prompts, "updates": updates, "probed": probed}, "results")
     taught_by_seed = [lessons(root, model, SMALL, s, taught, references, prompts, updates) for s in range(seeds)]
     for some in taught_by_seed:
         for lesson in some:

@@ -37,8 +37,9 @@ def bench_motion(
         more: Further methods, such as ``[{"name": "mine", "title": "mine, 4 steps", "config": "mine.yaml", "trained": true}]``.
     """
     from muybridge.backbones.checkpoint import local_directory
+    from muybridge.begun import begin
     from muybridge.cli.bench.methods import METHODS, Setting, pick
-    from muybridge.cli.bench.parts import Part, agree, run_parts
+    from muybridge.cli.bench.parts import Part, run_parts
     from muybridge.cli.bench.scoreboard import Scoreboard
     from muybridge.cli.front import run
     from muybridge.proving_ground.small import SMALL
@@ -52,7 +53,7 @@ def bench_motion(
     # Distances are to real clips.
     methods = pick(list(dict.fromkeys(["real", *only])) if only is not None else [m.name for m in known], known)
     root = Path(out)
-    agree(root, {"model": model, "updates": updates, "clips": clips})
+    begin(root / "settings.json", {"model": model, "updates": updates, "clips": clips}, "results")
     settings = [Setting(root / f"seed-{s}", model, SMALL, clips, 0.2, updates, f"seed-{s}/", s) for s in range(seeds)]
     command = ["bench-motion", f"--model={model}", f"--seeds={seeds}", f"--updates={updates}", f"--clips={clips}"]
     command += [f"--only={json.dumps(only)}"] if only is not None else []

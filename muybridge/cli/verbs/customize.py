@@ -228,7 +228,7 @@ def train(root: Path, config: dict[str, Any], say: Any) -> list[Path]:
     import yaml
 
     from muybridge.cli.jobs import run_job
-    from muybridge.customization.report import write_text
+    from muybridge.whole import write_text
 
     file, adapter = root / "customize.yaml", root / "adapter"
     text = "# What `muybridge customize` trained with: muybridge fit -c THIS FILE\n" + yaml.safe_dump(

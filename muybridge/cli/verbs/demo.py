@@ -22,9 +22,10 @@ def demo(*, out: str = "runs/demo", updates: int = 80, clips: int = 240, model: 
         model: The pipeline that is sampled and distilled: one that ships, or a directory.
     """
     from muybridge.backbones.checkpoint import local_directory
+    from muybridge.begun import begin
     from muybridge.cli.bench.comparison import read_compared, sections
     from muybridge.cli.bench.methods import Setting, pick
-    from muybridge.cli.bench.parts import agree, run_parts
+    from muybridge.cli.bench.parts import run_parts
     from muybridge.cli.bench.tour import Attribution, Customization
     from muybridge.cli.front import run
     from muybridge.proving_ground.small import SMALL
@@ -34,7 +35,7 @@ def demo(*, out: str = "runs/demo", updates: int = 80, clips: int = 240, model: 
         raise UsageError(f"{updates} updates, {clips} clips", "1 or more, and 30 or more: six to judge")
     local_directory(model)
     root = Path(out)
-    agree(root, {"updates": updates, "clips": clips, "model": model})
+    begin(root / "settings.json", {"updates": updates, "clips": clips, "model": model}, "results")
     setting = Setting(root, model, SMALL, clips, VALIDATION, updates)
     methods = pick(SHOWN)
     customization = Customization(setting, updates=min(300, 4 * updates), count=max(2, setting.judged // 6))

@@ -47,10 +47,10 @@ def motion_layers(
     from muybridge.cli.devices import open_model
     from muybridge.cli.progress import Progress
     from muybridge.customization.references import clip_size, list_references, read_reference
-    from muybridge.customization.report import write_text
     from muybridge.customization.retrieval import Key, as_regex, best_layers, describe, retrieve
     from muybridge.errors import UsageError
     from muybridge.proving_ground.captions import split_caption
+    from muybridge.whole import write_text
 
     bad = [t for t in times if not 0.0 < t < 1000.0]
     if bad or not times:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Optional
 
+from muybridge.begun import begin
 from muybridge.errors import UsageError
 
 
@@ -104,7 +105,7 @@ def probe(
         "subject": subject,
         "motion": motion,
     }
-    report.agree(root, about)
+    begin(root / report.SETTINGS, about, "cells")
 
     def file_of(swap: str, size: tuple[int, int, int], name: str) -> Path:
         return root / "cells" / f"{name.replace('/', '__')}.{size[0]}f.{swap}.csv"

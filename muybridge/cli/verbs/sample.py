@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Literal, Optional
 
+from muybridge.begun import begin
 from muybridge.errors import UsageError
 
 TRAINER = {"strategy": "auto", "devices": 1, "num_nodes": 1, "logger": False, "plugins": None}
@@ -49,35 +49,14 @@ def sample(
     sampling = model.sampling if seed is None else dataclasses.replace(model.sampling, seed=seed)
     model.sampled.check_clip(sampling.frames, sampling.height, sampling.width)
     model.check_prompts(texts, sampling)
-    folder = claim(Path(out), {"checkpoint": ckpt_path, "sampling": dataclasses.asdict(sampling)})
+    folder = Path(out)
+    begin(folder / "sampling.json", {"checkpoint": ckpt_path, "sampling": dataclasses.asdict(sampling)}, "videos")
 
     from muybridge.cli.checkpoints import one_file
 
     with one_file(ckpt_path, folder) as file:
         trainer.run_with(model, lambda: make(model, sampling, ids, texts, folder, batch_size, format), file)
     print(folder / "sheet.png")
-
-
-def claim(folder: Path, made: dict[str, Any]) -> Path:
-    """Begin a folder, or go on with one that was begun with the same settings."""
-    note = folder / "sampling.json"
-    text = json.dumps(made, indent=2) + "\n"
-    if note.is_file():
-        before = json.loads(note.read_text(encoding="utf-8"))
-        if before != json.loads(text):
-            wrong = [key for key in made if before.get(key) != json.loads(text)[key]]
-            raise UsageError(
-                f"{folder} holds videos that were made with another {' and '.join(wrong)}",
-                "a folder of its own for each setting",
-                "choose another --out",
-            )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(
-            f"{folder} exists and is not empty", "a new folder", "choose another --out, or remove it first"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(text, encoding="utf-8")
-    return folder
 
 
 def make(
