@@ -27,8 +27,8 @@ class MotionScoreMatching(Loss):
             ``w_m = mean |Δ(x - x̂_real)|``, which is smaller the less is left of the motion to learn.
         skip_first_frame: Leave out the step from the first latent frame to the second. Wan's first latent frame covers one frame
             of pixels and the others four, so that step spans another time.
-        feature: What the motion scores are compared in: a module from (B, C, F - 1, H, W) differences to anything batch first.
-            It is frozen. The differences themselves where not given.
+        feature: ``f`` of eq. 13, ``Δ = f(x²…xᶠ) - f(x¹…xᶠ⁻¹)``: a module from (B, C, F - 1, H, W) latents to anything batch first.
+            It is frozen, and sees clips rather than scores of clips. The latents themselves where not given.
         shared_noise: Ask the job to noise all frames of a clip with one draw, as the derivation assumes.
         floor: The normaliser is at least this.
     """
@@ -58,9 +58,16 @@ class MotionScoreMatching(Loss):
         self.feature = feature.requires_grad_(False).eval() if feature is not None else None
 
     def motion(self, x: Tensor) -> Tensor:
-        """``f(Δx)``, without the first difference where that is skipped."""
-        difference = frame_difference(x[:, :, 1:] if self.skip_first_frame else x)
-        return difference if self.feature is None else self.feature(difference)
+        """``Δx``, or that of a feature of the frames; without the first frame where that is skipped."""
+        x = x[:, :, 1:] if self.skip_first_frame else x
+        return frame_difference(x) if self.feature is None else self._seen(x[:, :, 1:]) - self._seen(x[:, :, :-1])
+
+    def _seen(self, x: Tensor) -> Tensor:
+        """``f(x)`` in the feature's own precision, which autocast would lower: what is left of two like it is small."""
+        assert self.feature is not None
+        own = next((p.dtype for p in self.feature.parameters() if p.is_floating_point()), x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.feature(x.to(own)).to(x.dtype)
 
     def forward(self, step: ScoreStep) -> Tensor:
         shared_time(step, type(self).__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from typing import Any
@@ -179,10 +180,41 @@ def test_a_linear_feature_acts_by_its_square_on_the_differences():
     torch.testing.assert_close(found * count, torch.einsum("fg,bcfhw->bcghw", delta, pooled), rtol=0, atol=1e-10)
 
 
-def test_a_feature_is_not_trained():
-    loss = MotionScoreMatching(feature=nn.Conv3d(4, 2, 1).double())
+class Square(nn.Module):
+    """A feature that differences do not pass through."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x**2
+
+
+@pytest.mark.parametrize("normalizer", ["shared", "own"])
+def test_a_feature_is_taken_of_frames_and_then_differences_of_it(normalizer: Any):
+    """Eq. 13, ``f(x²…xᶠ) - f(x¹…xᶠ⁻¹)``: with ``f = x²`` the gradient in ``x`` is ``2 x Δᵀ(Δf(x̂_fake) - Δf(x̂_real))/w``."""
+    at = step()
+    found = gradient(MotionScoreMatching(feature=Square(), normalizer=normalizer), at)
+    delta, x = difference_operator(SHAPE[2]), at.sample.detach()
+    moved = {
+        n: torch.einsum("fg,bcghw->bcfhw", delta, y**2)
+        for n, y in (("x", x), ("real", at.real_x0), ("fake", at.fake_x0))
+    }
+    rest = x - at.real_x0 if normalizer == "shared" else moved["x"] - moved["real"]
+    pulled = (moved["fake"] - moved["real"]) / rest.abs().flatten(1).mean(1).view(-1, 1, 1, 1, 1)
+    wanted = 2 * x * torch.einsum("fg,bcfhw->bcghw", delta, pulled)
+    torch.testing.assert_close(found * pulled.numel(), wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_a_feature_is_not_trained_and_keeps_its_own_precision():
+    """A module as anyone builds it is in float32; steps are compared in float64, and jobs run under autocast."""
+    torch.manual_seed(0)
+    feature, at = nn.Conv3d(4, 2, 1), step()
+    fine = gradient(MotionScoreMatching(feature=copy.deepcopy(feature).double()), at)
+    loss = MotionScoreMatching(feature=feature)
     assert not any(p.requires_grad for p in loss.parameters())
-    assert gradient(loss, step()).abs().sum() > 0
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradient(loss, at)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, fine, rtol=1e-4, atol=1e-7)
+    assert fine.abs().max() > 1e-3
 
 
 def test_differing_score_times_of_frames_are_refused_with_the_reason():
