@@ -194,6 +194,10 @@ class Distillation(ThreeRoles):
     # -- setting up ------------------------------------------------------------------------------------------------
 
     @property
+    def _regresses(self) -> bool:
+        return any(isinstance(loss, Regression) for loss in self.losses)
+
+    @property
     def adversarial(self) -> Optional[Adversarial]:
         """The loss that trains a discriminator, if there is one."""
         found: list[Any] = [loss for loss in self.losses if isinstance(loss, Adversarial)]
@@ -213,6 +217,12 @@ class Distillation(ThreeRoles):
             raise UsageError("losses name Adversarial twice", "one discriminator")
         if self.adversarial is not None:
             self.adversarial.read_layers(teacher)
+        if self._regresses and (self.rollout == "noised_data" or self.student.causal is not None):
+            raise UsageError(
+                "Regression, and " + ("the student is causal" if self.student.causal else "rollout is noised_data"),
+                "backward_simulation of a student that is not causal: a pair is of a noise and what one step makes of it",
+                "leave Regression out; a causal student regresses on whole paths in TrajectoryDistillation",
+            )
         frames = self.latent_shape()[1]
         for loss in self.losses:
             if isinstance(loss, MotionScoreMatching) and frames - loss.skip_first_frame < 2:
@@ -249,7 +259,33 @@ class Distillation(ThreeRoles):
                 "a datamodule with clips, such as LatentData or VideoData",
                 "give one, or set rollout to backward_simulation and leave Adversarial out",
             )
+        if self.rollout == "backward_simulation":
+            self._check_sizes(data)
         check_memory(self)
+
+    def _check_sizes(self, data: Any) -> None:
+        """What the student's own clips are compared with is of their size."""
+        size = (self.clips.frames, self.clips.height, self.clips.width)
+        given = list(getattr(data, "clip_sizes", ())) if self.adversarial is not None else []
+        made = getattr(data, "made", None)
+        if made is not None:
+            todo = "write them anew: muybridge trajectories"
+            if made["family"] != self.teacher.family:
+                raise UsageError(f"trajectories of {made['family']} for a {self.teacher.family}", "one family", todo)
+            if made["times"][0] < float(self.teacher.schedule.snap(torch.tensor(1000.0))) - 1.0:
+                raise UsageError(
+                    f"trajectories that begin at time {made['times'][0]:g}",
+                    "at pure noise, which the student is then given",
+                    f"{todo} with steps that begin at 1000",
+                )
+            given = [tuple(made[name] for name in ("frames", "height", "width"))]
+        for frames, height, width in given:
+            if (frames, height, width) != size:
+                raise UsageError(
+                    f"data with clips of {frames} frames of {height}x{width}",
+                    f"{size[0]} frames of {size[1]}x{size[2]}, as the student makes them",
+                    "change model.clips, or the size of the data",
+                )
 
     def check_text(self) -> None:
         if self.guidance != 1.0 and not self.can_encode(self.teacher, self.negative_prompt):
@@ -333,9 +369,10 @@ class Distillation(ThreeRoles):
         """Clips (encoded, where the job needs them), and the noises that the teacher made them of where there are such pairs."""
         if isinstance(batch, TrajectoryBatch):
             ends = batch.latents[:, -1]
-            clips = Batch(ids=batch.ids, latents=ends, prompts=batch.prompts, conditioning=batch.conditioning)
+            text, present = batch.conditioning, batch.present
+            clips = Batch(ids=batch.ids, latents=ends, prompts=batch.prompts, conditioning=text, present=present)
             return clips, batch.latents[:, 0]
-        if any(isinstance(loss, Regression) for loss in self.losses):
+        if self._regresses:
             raise UsageError(
                 "Regression without pairs of a noise and what the teacher made of it",
                 "data: TrajectoryData, on a folder that the teacher's sampler wrote",

@@ -27,8 +27,8 @@ class MotionScoreMatching(Loss):
             ``w_m = mean |Δ(x - x̂_real)|``, which is smaller the less is left of the motion to learn.
         skip_first_frame: Leave out the step from the first latent frame to the second. Wan's first latent frame covers one frame
             of pixels and the others four, so that step spans another time.
-        feature: ``f`` of eq. 13, ``Δ = f(x²…xᶠ) - f(x¹…xᶠ⁻¹)``: a module from (B, C, F - 1, H, W) latents to anything batch first.
-            It is frozen, and sees clips rather than scores of clips. The latents themselves where not given.
+        feature: ``f`` of eq. 13, ``f(x²…xᶠ) - f(x¹…xᶠ⁻¹)`` in place of ``Δx``: a module from (B, C, F - 1, H, W) latents to
+            anything batch first. It is frozen, and sees clips rather than scores of clips.
         shared_noise: Ask the job to noise all frames of a clip with one draw, as the derivation assumes.
         floor: The normaliser is at least this.
     """

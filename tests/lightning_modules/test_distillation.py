@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,64 @@ def test_noised_data_is_noised_to_the_students_steps(tiny_checkpoint: Tiny, tmp_
     torch.testing.assert_close(z, (1.0 - sigma) + sigma * draw.start, atol=1e-6, rtol=0)
 
 
+CLEAN: dict[str, Callable[..., Tensor]] = {
+    "flow": lambda z, p, a, s: z - s * p,
+    "epsilon": lambda z, p, a, s: (z - s * p) / a,
+    "v": lambda z, p, a, s: a * z - s * p,
+}
+TARGET: dict[str, Callable[..., Tensor]] = {
+    "flow": lambda x, e, a, s: e - x,
+    "epsilon": lambda x, e, a, s: e,
+    "v": lambda x, e, a, s: a * e - s * x,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("wan", "flow"), ("cogvideox", "v"), ("latte", "epsilon"), ("unet3d", "epsilon")]
+)
+def test_both_turns_are_their_equations_on_every_family(name: str, kind: str, tiny_checkpoint: Tiny, tmp_path: Path):
+    """The teacher under guidance, the critic without, one time and noise; then the critic's own regression, and it alone."""
+    steps = [1000.0, 500.0]
+    job = distillation(tiny_checkpoint(name), name, guidance=4.0, steps=steps)
+    assert fit(job, tmp_path, 1).changed == ["sc"], "three networks that differ"
+    batch, job.log = Batch(ids=["a", "b"], prompts=["a dog", "rain"]), lambda *a, **k: None
+    schedule, text, shape = job.teacher.schedule, job.text(batch, job.teacher), job.latent_shape()
+    empty = job.teacher.pair_unconditional(text, job.teacher.unconditional())
+
+    def levels(t: Tensor) -> list[Tensor]:
+        return [c.float().view(-1, 1, 1, 1, 1) for c in schedule.coefficients(t)]
+
+    def drawn(turn: str) -> tuple[Any, Tensor, list[Tensor]]:
+        draw = job.draw(batch, turn, shape)
+        t = job.score_times.quantile(draw.u, schedule)
+        return draw, t, levels(t)
+
+    job.exit_step = lambda turn: 0  # type: ignore[method-assign]
+    draw, t, (a, s) = drawn("student")
+    with torch.no_grad():
+        first = schedule.snap(torch.full((2,), 1000.0))
+        sample, _ = job.roll_out(batch, text, "student", draw)
+        wanted = CLEAN[kind](draw.start, job.student(draw.start, first, text), *levels(first))
+        torch.testing.assert_close(sample, wanted, atol=1e-5, rtol=1e-5)
+        step = job.score_step(sample, draw, text)
+        z = a * sample + s * draw.noise
+        given, without = job.teacher(z, t, text), job.teacher(z, t, empty)
+        real = CLEAN[kind](z, without + 4.0 * (given - without), a, s)
+        fake = CLEAN[kind](z, job.critic(z, t, text), a, s)
+    for found, value in ((step.noisy, z), (step.real_x0, real), (step.fake_x0, fake)):
+        torch.testing.assert_close(found, value, atol=1e-4, rtol=1e-4)
+
+    job.critic_turn(batch, text, torch.tensor(2.0), sample)
+    found = {n: p.grad.clone() for n, p in job.trained("critic").items()}
+    assert all(p.grad is None for role in (job.student, job.teacher) for p in role.parameters())
+    job.zero_grad()
+    draw, t, (a, s) = drawn("critic")
+    says = job.critic(a * sample + s * draw.noise, t, text)
+    ((says - TARGET[kind](sample, draw.noise, a, s)) ** 2).mean().backward()
+    for n, parameter in job.trained("critic").items():
+        torch.testing.assert_close(found[n], parameter.grad, atol=1e-6, rtol=1e-4)
+
+
 # -- adapters ----------------------------------------------------------------------------------------------------------
 
 
@@ -257,6 +316,12 @@ def test_two_adapters_share_one_copy_of_the_weights(tiny_checkpoint: Tiny, tmp_p
         for n, p in job.teacher.named_parameters()
         if "lora_" not in n
     )
+    # What comes out is the base with the student's adapter in it, and nothing of the critic's.
+    (out,) = job.export(str(tmp_path / "student"))
+    with torch.no_grad():
+        merged = opened(out).materialize()(z, t, text)
+    torch.testing.assert_close(merged, says["student"], atol=1e-5, rtol=1e-5)
+    assert float((merged - says["critic"]).abs().max()) > 1e-3
 
 
 def test_an_adapter_of_one_role_leaves_the_other_a_copy(tiny_checkpoint: Tiny, tmp_path: Path):
@@ -313,6 +378,36 @@ def test_pairs_are_regressed_on_where_the_rollout_is_left_at_its_first_step(tiny
         torch.testing.assert_close(parameter.grad, found[name], atol=1e-7, rtol=1e-4)
     with pytest.raises(UsageError, match="TrajectoryData"):
         job._clips_and_pairs(Batch(ids=["a"], prompts=["a dog"]))
+    # A repeat that only fills up the batch counts for nothing here as well.
+    job.zero_grad()
+    clips, pairs = job._clips_and_pairs(replace(batch, present=torch.tensor([True, False])))
+    job.student_turn(clips, text, torch.tensor(1.0), pairs)
+    found = {n: p.grad.clone() for n, p in job.trained("student").items()}
+    job.zero_grad()
+    made = job.teacher.schedule.to_x0(job.student(z, t, text), z, t)
+    ((made[:1] - paths[:1, -1]) ** 2).mean().backward()
+    for name, parameter in job.trained("student").items():
+        torch.testing.assert_close(parameter.grad, found[name], atol=1e-7, rtol=1e-4)
+
+
+def test_what_the_students_clips_are_compared_with_is_of_their_size(tiny_checkpoint: Tiny, tmp_path: Path):
+    """Pairs of a noise and what this teacher made of it, and real clips for a discriminator."""
+    wan = tiny_checkpoint("wan")
+    pairs, clips = prompts(), LatentClips((16, 3, 2, 2), 4)
+    fine = dict(family="Wan", frames=9, height=16, width=16, times=[1000.0, 0.0])
+    for change, words in (
+        (dict(frames=13), "data with clips of 13 frames of 16x16"),
+        (dict(family="LTX"), "trajectories of LTX for a Wan"),
+        (dict(times=[750.0, 0.0]), "begin at time 750"),
+    ):
+        pairs.made = {**fine, **change}  # type: ignore[attr-defined]
+        job = distillation(wan, losses=[Regression()])
+        with pytest.raises(UsageError, match=words):
+            fit(job, tmp_path, 1, pairs)
+        assert not job.teacher.networks
+    clips.clip_sizes = [(9, 16, 16), (9, 32, 32)]  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match="9 frames of 16x16, as the student makes them"):
+        fit(distillation(wan, losses=[Adversarial()]), tmp_path, 1, clips)
 
 
 def test_a_causal_student_is_at_another_step_in_each_block(tiny_checkpoint: Tiny, tmp_path: Path):
@@ -522,6 +617,7 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(tiny_checkpoint: Tiny, tmp_path:
         (dict(losses=[Adversarial(layers="nothing")]), "hits no linear layer"),
         (dict(losses=[Adversarial(), Adversarial()]), "one discriminator"),
         (dict(clips=Clips(frames=8, height=16, width=16)), "frames"),
+        (dict(losses=[Regression()], rollout="noised_data"), "Regression, and rollout is noised_data"),
     ],
 )
 def test_what_cannot_work_is_refused(settings: dict[str, Any], words: str, tiny_checkpoint: Tiny):
@@ -533,6 +629,12 @@ def test_roles_must_go_together(tiny_checkpoint: Tiny):
     wan, other = tiny_checkpoint("wan"), opened(tiny_checkpoint("cogvideox"), "cogvideox")
     with pytest.raises(UsageError, match="student is CogVideoX and the teacher Wan"):
         distillation(wan, student=other).check()
+    with pytest.raises(UsageError, match="Regression, and the student is causal"):
+        distillation(wan, losses=[Regression()], student=opened(wan, causal=Causal(block=1))).check()
+    experts = distillation(tiny_checkpoint("wan22"), "wan22")
+    experts._trainer = type("T", (), {"precision": "32-true", "world_size": 2})()  # type: ignore[assignment]
+    with pytest.raises(UsageError, match="distil on one process"):
+        experts.check()
     with pytest.raises(UsageError, match="max_text_length"):
         distillation(wan, student=opened(wan, max_text_length=32)).check()
     with pytest.raises(UsageError, match="both given"):
