@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from muybridge.cli.bench.parts import Part, one_thread, read_done, run_parts
+from muybridge.cli.bench.parts import Done, Part, one_thread, read_done, run_parts
 from muybridge.errors import UsageError
 
 
@@ -70,6 +75,68 @@ def test_a_part_that_is_another_now_is_not_taken_for_done(tmp_path: Path):
         read_done(tmp_path, other)
     with pytest.raises(ValueError, match="two parts are called a"):
         World().through([*PARTS, other], tmp_path)
+
+
+def test_processes_share_the_work(tmp_path: Path):
+    # b and c read from a, d from both. The first to run b waits inside it until the other one runs c.
+    parts = [
+        Part("a", "", ("a",), needs=()),
+        Part("b", "", ("b",), needs=("a",)),
+        Part("c", "", ("c",), needs=("a",)),
+        Part("d", "", ("d",)),
+    ]
+    ran: list[str] = []
+    begun = {name: threading.Event() for name in "abcd"}
+    done = {name: threading.Event() for name in "abcd"}
+
+    def run(arguments: list[str]) -> int:
+        (name,) = arguments
+        ran.append(name)
+        begun[name].set()
+        if name in "bc":
+            assert begun["c" if name == "b" else "b"].wait(30.0), "nobody took the other one"
+        assert all(done[p].is_set() for p in {"b": "a", "c": "a", "d": "abc"}.get(name, ""))
+        done[name].set()
+        return 0
+
+    def work() -> dict[str, Done]:
+        return run_parts(parts, tmp_path, run, say=lambda text: None, rest=lambda seconds: time.sleep(0.01))
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = [pool.submit(work) for _ in range(2)]
+    assert one.result() == other.result()
+    assert set(one.result()) == set("abcd")
+    assert sorted(ran) == ["a", "b", "c", "d"]
+
+
+def test_what_a_process_leaves_when_it_dies_another_takes(tmp_path: Path):
+    started = tmp_path / "started"
+    dies = (
+        "import pathlib, signal, os; from muybridge.cli.bench.parts import Part, run_parts;"
+        f"run_parts([Part('a', '', ('a',))], pathlib.Path({str(tmp_path)!r}),"
+        f" lambda a: (pathlib.Path({str(started)!r}).touch(), signal.pause()))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", dies], stdout=subprocess.DEVNULL)
+    while not started.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    waited: list[float] = []
+
+    def rest(seconds: float) -> None:
+        waited.append(seconds)
+        process.kill()
+        process.wait()
+
+    said: list[str] = []
+    found = run_parts([Part("a", "", ("a",))], tmp_path, lambda a: 0, say=said.append, rest=rest)
+    assert list(found) == ["a"]
+    assert len(waited) == 1
+    assert "waiting" in said[0]
+
+
+def test_a_part_reads_from_what_comes_before_it(tmp_path: Path):
+    with pytest.raises(ValueError, match="b needs a, which is no part before it"):
+        World().through([Part("b", "", ("b", "1"), needs=("a",)), Part("a", "", ("a", "1"))], tmp_path)
 
 
 def test_small_networks_get_one_thread_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch):

@@ -22,6 +22,7 @@ from muybridge.proving_ground import join_caption, look_of, split_caption
 from muybridge.proving_ground.captions import subject_words
 from muybridge.proving_ground.scene import World, draw_scene
 from muybridge.proving_ground.small import as_options
+from muybridge.whole import write_text
 
 WORD = "wugs"
 """What every taught motion is called; no caption of the proving ground has it."""
@@ -151,13 +152,12 @@ class Lesson(Setting):
 
     def write_prompts(self) -> None:
         """What the model is asked for, and what that means."""
-        self.root.mkdir(parents=True, exist_ok=True)
         for file, how in ((self.truth, None), (self.root / "prompts.jsonl", WORD)):
             lines = []
             for index, wanted in enumerate(self.wanted):
                 prompt = wanted if how is None else join_caption(split_caption(wanted)[0], how)
                 lines.append(json.dumps({"id": f"{index:04d}", "prompt": prompt}) + "\n")
-            file.write_text("".join(lines), encoding="utf-8")
+            write_text(file, "".join(lines))
 
     def draw(self) -> Part:
         return Part(
@@ -172,6 +172,7 @@ class Lesson(Setting):
                 *as_options(self.taught),
             ),
             1.0,
+            needs=(),
         )
 
 

@@ -182,6 +182,10 @@ class Setting:
             *as_options(self.world, SMALL, "--data."),
         ]
 
+    def needs(self, method: Method) -> tuple[str, ...]:
+        """Names of the parts that a method's first part reads from."""
+        return (self.draw().name,)
+
     def draw(self) -> Part:
         """The clips."""
         return Part(
@@ -196,11 +200,13 @@ class Setting:
                 *as_options(self.world),
             ),
             0.01 * self.clips,
+            needs=(),
         )
 
     def parts(self, method: Method) -> list[Part]:
         """Train, sample, judge."""
         here, options, parts = self.root / method.name, self.options(method), []
+        needs = self.needs(method)
         if method.trained:
             arguments = ("fit", *options, f"--trainer.max_steps={self.updates}", "--ckpt_path=last")
             parts.append(
@@ -209,8 +215,10 @@ class Setting:
                     f"{method.title}: {self.updates} updates",
                     arguments,
                     8.0 + self.pace * self.updates,
+                    needs,
                 )
             )
+            needs = (parts[-1].name,)
         judged = ["judge", f"--videos={self.folder / 'validation.parquet'}"]
         if method.config:
             last = ["--ckpt_path=last"] if method.trained else []
@@ -222,8 +230,10 @@ class Setting:
                     f"{method.title}: {self.judged} videos",
                     ("sample", *options, *last, *where, *more),
                     4.0 + 0.008 * method.forwards * self.judged,
+                    needs,
                 )
             )
+            needs = (parts[-1].name,)
             judged = ["judge", f"--videos={here / 'videos'}", f"--prompts={self.truth}", *self.judging]
         parts.append(
             Part(
@@ -231,6 +241,7 @@ class Setting:
                 f"{method.title}: judged",
                 (*judged, f"--out={self.scores(method)}"),
                 0.06 * self.judged,
+                needs,
             )
         )
         return parts

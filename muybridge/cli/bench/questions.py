@@ -27,6 +27,7 @@ from muybridge.data.cache import Cache
 from muybridge.errors import UsageError
 from muybridge.proving_ground.files import row, scenes
 from muybridge.proving_ground.scene import Scene
+from muybridge.whole import write_text
 
 STORES: dict[str, tuple[str, tuple[str, ...]]] = {
     "motion": (", where they move", ()),
@@ -93,6 +94,15 @@ class Asked(Setting):
     def selection(self, name: str) -> Path:
         """Where the clips of a way to select are listed."""
         return self.root / "selections" / f"{name}.parquet"
+
+    def needs(self, method: Method) -> tuple[str, ...]:
+        cached = (Attribution(self.candidates).cache().name,) if method.trained else ()
+        chosen = (self.choosing(method.name),) if method.name in SELECTED else ()
+        return (*super().needs(method), *cached, *chosen)
+
+    def choosing(self, name: str) -> str:
+        """The part that selects."""
+        return f"{self.label}{name}.select"
 
     def data(self, method: Method) -> list[str]:
         cache = Attribution(self.candidates).root / "cache"
@@ -177,8 +187,7 @@ class Question:
     def write_halves(self) -> None:
         """Lists of the clips of each half, for training to read."""
         for number in range(self.subsets):
-            self.folder(number).mkdir(parents=True, exist_ok=True)
-            (self.folder(number) / "clips.txt").write_text("".join(f"{name}\n" for name in self.half(number)))
+            write_text(self.folder(number) / "clips.txt", "".join(f"{name}\n" for name in self.half(number)))
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
@@ -224,6 +233,7 @@ class Question:
             f"a model trained on half of the clips, number {number + 1} of {self.subsets}",
             arguments,
             8.0 + 0.5 * self.subset_updates,
+            needs=(self.attribution.cache().name,),
         )
 
     def selected(self, motion: str, name: str) -> Part:
@@ -234,9 +244,10 @@ class Question:
             "magnitude": ["--by=motion", f"--cache={cache}"],
             "similarity": ["--by=similarity", f"--cache={cache}", f"--query_cache={cache / 'validation'}"],
         }
+        store = name if name in STORES else "motion"
         arguments = (
             "select",
-            f"--store={self.attribution.root / (name if name in STORES else 'motion')}",
+            f"--store={self.attribution.root / store}",
             f"--query={json.dumps(self.queries(motion))}",
             f"--top={self.top}",
             *how.get(name, []),
@@ -244,7 +255,7 @@ class Question:
             "--report=",
         )
         what = f"the {SELECTED[name].format(top=self.top)} are selected for {motion}"
-        return Part(f"{asked.label}{name}.select", what, arguments, 2.0)
+        return Part(asked.choosing(name), what, arguments, 2.0, (self.attribution.named(store),))
 
     def outcome(self, motion: str, chosen: Sequence[Method]) -> list[Part]:
         """Select for a motion, train, sample and judge."""
@@ -270,6 +281,7 @@ class Question:
                 f"full gradients of {self.compared} clips against projected ones, and one time against seven",
                 ("attribution-check", *self.attribution.common, *cached, count, f"--out={out / 'projection.md'}"),
                 20.0 + 1.5 * self.compared,
+                (self.attribution.cache().name,),
             ),
             self.longer().draw(),
             Part(
@@ -277,6 +289,7 @@ class Question:
                 f"the bias of length, over clips of {', '.join(str(f) for f in LENGTHS)} frames",
                 ("attribution-check", *common, *lengths, count, f"--out={out / 'length.md'}"),
                 10.0 + 0.3 * self.compared,
+                (self.longer().draw().name,),
             ),
         ]
 

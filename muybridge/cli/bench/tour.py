@@ -221,7 +221,12 @@ class Attribution:
             "attribution: clips encoded, with weights where they move",
             ("cache", *self.common, f"--out={self.root / 'cache'}", "--motion=DIS"),
             5.0 + 0.14 * self.setting.clips,
+            needs=(self.setting.draw().name,),
         )
+
+    def named(self, store: str) -> str:
+        """The part that makes a store."""
+        return f"{self.setting.label}attribution.{'gradients' if store == 'store' else store}"
 
     def gradients(self, store: str = "store", what: str = "", more: Sequence[str] = ()) -> Part:
         """Projected gradients of all clips.
@@ -238,10 +243,11 @@ class Attribution:
             f"--trainer.callbacks.out={self.root / store}",
         ]
         return Part(
-            f"{self.setting.label}attribution.{'gradients' if store == 'store' else store}",
+            self.named(store),
             f"attribution: projected gradients of {self.setting.clips} clips{what}",
             ("attribute", *self.common, *capture, *more),
             5.0 + 0.1 * self.setting.clips,
+            needs=(self.cache().name,),
         )
 
     def parts(self) -> list[Part]:
