@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Optional
 
 import lightning.pytorch as pl
@@ -16,7 +18,7 @@ from torch import Tensor
 from muybridge.attribution.names import canonical
 from muybridge.attribution.per_sample import BatchedEngine, ParameterEngine, PerSample, ShardedEngine
 from muybridge.attribution.projection import FastfoodProjection, Projection
-from muybridge.attribution.store import OK, Part, Stored, StoreWriter, model_digest, names_digest
+from muybridge.attribution.store import OK, UPDATES, Part, Stored, StoreWriter, check_update, model_digest, names_digest
 from muybridge.backbones.base import Backbone
 from muybridge.batch import Batch
 from muybridge.diffusion.boundaries import Boundary
@@ -25,9 +27,17 @@ from muybridge.diffusion.draws import shared_noise
 from muybridge.diffusion.steps import denoising_step
 from muybridge.errors import UsageError
 from muybridge.losses import Loss, MotionWeightedDenoising
+from muybridge.whole import write_text
 
 SOURCES: dict[Part, Literal["train", "validation"]] = {"train": "train", "query": "validation"}
 """Which clips of a datamodule are the candidates, and which are asked about."""
+
+
+def _is_setting(value: Any) -> bool:
+    """Whether a value of a loss can be noted: a plain one, or a list of such."""
+    if isinstance(value, list | tuple):
+        return all(_is_setting(v) for v in value)
+    return isinstance(value, bool | int | float | str | None)
 
 
 @dataclass(frozen=True)
@@ -120,7 +130,7 @@ class GradientCapture(pl.Callback):
         due = updates in self.at or (self.every is not None and updates > 0 and updates % self.every == 0)
         if due and updates != self._last:
             self._last = updates
-            self.capture(trainer, module, getattr(trainer, "datamodule", None), step=updates, digest="of each step")
+            self.capture(trainer, module, getattr(trainer, "datamodule", None), step=updates, training=True)
 
     # -- a pass ----------------------------------------------------------------------------------------------------
 
@@ -131,7 +141,7 @@ class GradientCapture(pl.Callback):
         datamodule: Any,
         parts: Sequence[Part] = ("train", "query"),
         step: int = 0,
-        digest: Optional[str] = None,
+        training: bool = False,
         watch: Callable[[str, int], AbstractContextManager[Any]] = lambda label, count: nullcontext(),
     ) -> dict[str, int]:
         """Go over the clips once; returns how many rows were added, by their state, on this rank.
@@ -142,7 +152,7 @@ class GradientCapture(pl.Callback):
             datamodule: Its training clips are candidates, its validation clips queries.
             parts: Which of the two.
             step: Updates of the weights so far.
-            digest: What to note of the weights; a digest of their bits where not given.
+            training: Whether the weights are those of an update, which are noted beside the manifest, rather than in it.
             watch: Makes a counter from a label and a number.
         """
         if not callable(getattr(datamodule, "in_order", None)):
@@ -154,11 +164,17 @@ class GradientCapture(pl.Callback):
         self.projection.prepare(engine.sizes)
         alone = isinstance(engine, ShardedEngine)
         rank = trainer.global_rank
-        manifest = self._manifest(trainer, module, datamodule, engine, digest)
+        digest = self._digest(module)
+        manifest = self._manifest(trainer, module, datamodule, engine, "of each step" if training else digest)
         if rank == 0 or not dist.is_initialized():
             # One rank makes the folder, so that the others find its manifest.
             StoreWriter(self.out, manifest, rank, self.dtype)
         trainer.strategy.barrier()
+        if training:
+            noted = check_update(Path(self.out), step, digest)
+            trainer.strategy.barrier()
+            if rank == 0:
+                write_text(Path(self.out) / UPDATES, json.dumps(noted, indent=2) + "\n")
         with StoreWriter(self.out, manifest, rank, self.dtype) as writer:
             for part in parts:
                 done = writer.known(part)
@@ -186,16 +202,9 @@ class GradientCapture(pl.Callback):
             return ShardedEngine(backbone.networks, self.parameters, trainer.global_rank, trainer.world_size)
         return (BatchedEngine if self.engine == "batched" else ParameterEngine)(backbone.networks, self.parameters)
 
-    def _manifest(
-        self, trainer: pl.Trainer, module: Any, datamodule: Any, engine: PerSample, digest: Optional[str]
-    ) -> dict[str, Any]:
-        backbone: Backbone = module.sampled
-        cache = getattr(datamodule, "cache", None)
-        weights = cache.manifests["weights"]["encoder"] if cache is not None and "weights" in cache.columns else None
-        plain = (bool, int, float, str, type(None))
-        settings = {
-            k: v for k, v in vars(self.loss).items() if k[0] != "_" and k != "training" and isinstance(v, plain)
-        }
+    @staticmethod
+    def _digest(module: Any) -> str:
+        """Of all weights of the network, whole."""
 
         def add_up(sums: Tensor) -> None:
             if dist.is_initialized():
@@ -203,9 +212,15 @@ class GradientCapture(pl.Callback):
                 dist.all_reduce(moved)
                 sums.copy_(moved)
 
-        if digest is None:
-            named = {canonical(n): p for n, p in backbone.networks.named_parameters()}
-            digest = model_digest(named, add_up)
+        return model_digest({canonical(n): p for n, p in module.sampled.networks.named_parameters()}, add_up)
+
+    def _manifest(
+        self, trainer: pl.Trainer, module: Any, datamodule: Any, engine: PerSample, digest: str
+    ) -> dict[str, Any]:
+        backbone: Backbone = module.sampled
+        cache = getattr(datamodule, "cache", None)
+        weights = cache.manifests["weights"]["encoder"] if cache is not None and "weights" in cache.columns else None
+        settings = {k: v for k, v in vars(self.loss).items() if k[0] != "_" and k != "training" and _is_setting(v)}
         return {
             "model": {"family": backbone.family, "path": backbone.checkpoint.given, "digest": digest},
             "parameters": {

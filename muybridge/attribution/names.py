@@ -22,13 +22,15 @@ def canonical(name: str) -> str:
 def chosen_parameters(module: nn.Module, pattern: Optional[str] = None) -> dict[str, nn.Parameter]:
     """The trained parameters of a module by canonical name, or those whose whole name matches a regex.
 
-    Tied parameters come once, under their first name.
+    Tied parameters come once, under their first name. An adapter that is switched off, as that of a distillation's critic on
+    the base that it shares with the student, has no part in what the module computes, and none here.
 
     Args:
         module: Holds them.
         pattern: The regex.
     """
-    named = {canonical(name): parameter for name, parameter in module.named_parameters()}
+    idle = _switched_off(module)
+    named = {canonical(name): p for name, p in module.named_parameters() if not name.startswith(idle)}
     trained = {name: p for name, p in named.items() if p.requires_grad}
     if pattern is None:
         if not trained:
@@ -53,3 +55,16 @@ def chosen_parameters(module: nn.Module, pattern: Optional[str] = None) -> dict[
             "widen the job's trainable regex, or narrow this one",
         )
     return hits
+
+
+def _switched_off(module: nn.Module) -> tuple[str, ...]:
+    """How the names of parameters of adapters begin that do nothing now."""
+    from muybridge.backbones.gates import adapter_layers
+
+    return tuple(
+        f"{place}.{kind}.{name}."
+        for place, layer in adapter_layers(module).items()
+        for kind in layer.adapter_layer_names
+        for name in getattr(layer, kind)
+        if layer.disable_adapters or name not in layer.active_adapters
+    )

@@ -37,6 +37,10 @@ class PerSample(ABC):
     """
 
     def __init__(self, module: nn.Module, parameters: Optional[str] = None) -> None:
+        from muybridge.backbones.sharding import reshard
+
+        # Of a network that was left gathered, the parameters are others than those that a backward pass leaves gradients in.
+        reshard(module)
         self.module = module
         self.chosen = chosen_parameters(module, parameters)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -119,13 +119,20 @@ def select(scores: Scores, top: str | float | int = "10%", drop: bool = False, *
     Args:
         scores: Of influence.
         top: How many: ``10%``, a share, or a number.
-        drop: Negative filtering: take all clips *but* this many of the least wanted, that is the most harmful.
+        drop: Negative filtering: take all clips *but* this many of the most harmful. In a vote these are not the clips that
+            few queries vote for, but those that most vote against: for which they are below the (100 - τ) percentile. Of a
+            control, the last ones are dropped.
         how: As for :func:`rank`.
     """
     ranked, count = rank(scores, **how).ids, how_many(top, len(scores.ids))
-    if drop and count == len(ranked):
+    if not drop:
+        return ranked[:count]
+    if count == len(ranked):
         raise UsageError(f"all {count} clips would be dropped", "fewer")
-    return ranked[: len(ranked) - count] if drop else ranked[:count]
+    if how.get("query") is None and how.get("how", "vote") == "vote":
+        harmful = set(rank(replace(scores, values=-scores.values), **how).ids[:count])
+        return [name for name in ranked if name not in harmful]
+    return ranked[: len(ranked) - count]
 
 
 def overlap(scores: Scores, count: int) -> np.ndarray:
@@ -141,8 +148,16 @@ def similarity(clips: Iterable[tuple[str, np.ndarray]], queries: Iterable[np.nda
         clips: Name and array of each clip, all of one shape.
         queries: Likewise.
     """
+    sizes: set[int] = set()
 
     def flat(x: np.ndarray) -> np.ndarray:
+        sizes.add(x.size)
+        if len(sizes) > 1:
+            raise UsageError(
+                f"clips of {' and '.join(str(s) for s in sorted(sizes))} numbers are to be compared by similarity",
+                "clips and queries of one size",
+                "a cache of one size of clips for all, or another control",
+            )
         centred = x.astype(np.float64).ravel() - x.mean()
         return centred / max(float(np.linalg.norm(centred)), 1e-30)
 

@@ -4,6 +4,7 @@ A store is a folder::
 
     store/
       _manifest.json                  what the vectors depend on; vectors of another manifest are refused
+      _updates.json                   of passes during training: a digest of the weights at each update
       part-00000-000000-1a2b.parquet  some rows, written whole or not at all; any number of ranks write their own
 
 A row is one clip at one step of training and one time: ``id``, ``part`` (``train`` or ``query``), ``step``, ``timestep``,
@@ -37,6 +38,8 @@ from muybridge.whole import write_text
 FORMAT = 1
 MANIFEST = "_manifest.json"
 """Readers of a folder of Parquet leave out what begins so."""
+UPDATES = "_updates.json"
+"""Of passes during training, where the manifest can't name the weights, since every update has its own."""
 Part = Literal["train", "query"]
 Stored = Literal["float32", "float16"]
 OK, ZERO, NOT_FINITE = "ok", "zero", "not finite"
@@ -83,6 +86,36 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
+def read_updates(path: Path) -> dict[str, str]:
+    """The digest of the weights at each update that a pass was made at during training; none where there was no training."""
+    file = path / UPDATES
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def check_update(path: Path, step: int, digest: str) -> dict[str, str]:
+    """Refuse rows of other weights of an update than there are; returns what is to be noted of all updates.
+
+    Args:
+        path: The store.
+        step: The update.
+        digest: Of the weights as they are now.
+    """
+    noted = read_updates(path)
+    if noted.get(str(step), digest) != digest:
+        held = [
+            f.name
+            for f in sorted(path.glob("part-*.parquet"))
+            if step in pq.read_table(f, columns=["step"])["step"].to_pylist()
+        ]
+        if held:
+            raise UsageError(
+                f"the store {path} holds gradients of update {step} under other weights than this run has there",
+                "the training run that the store was begun with",
+                f"attribute into another folder, or remove {', '.join(held)} and go on: they are made anew",
+            )
+    return {**noted, str(step): digest}
+
+
 @dataclass(frozen=True)
 class Block:
     """Some rows of a store.
@@ -108,6 +141,9 @@ class InfluenceStore:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
+        weights = read_updates(self.path)
+        if weights:
+            self.manifest["weights at updates"] = weights
 
     @property
     def dim(self) -> int:

@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from support.backbones import small_call
 from support.distilling import distillation, prompts
-from support.jobs import finetuning, latents_for, trainer
+from support.jobs import LatentClips, finetuning, latents_for, trainer
 from support.ranks import run_ranks
 from support.strategies import strategy
+from torch.utils.data import Subset
 
 from callbacks import GradientCapture
 from lightning_modules import MotionCustomization
@@ -124,17 +125,46 @@ def test_vectors_are_projections_of_autograds_gradients(reference: Path, tiny_ch
     assert np.linalg.matrix_rank(stacked / np.linalg.norm(stacked, axis=1, keepdims=True), tol=1e-3) == 10
 
 
-@pytest.mark.parametrize(
-    ("data", "options"),
-    [({"batch_size": 4}, {"engine": "batched"}), ({"batch_size": 2}, {"engine": "sharded"})],
-    ids=["batched", "sharded"],
-)
-def test_batches_change_nothing(
-    data: Any, options: Any, reference: Path, tiny_checkpoint: Tiny, tmp_path: Path
-) -> None:
-    go(str(tiny_checkpoint("wan")), str(tmp_path / "s"), data=data, **options)
-    for part in ("train", "query"):
-        same(vectors(tmp_path / "s", part), vectors(reference, part))
+class Reversed(LatentClips):
+    """The same clips, the last one first."""
+
+    def train_dataset(self) -> Any:
+        return Subset(super().train_dataset(), range(self.count)[::-1])
+
+
+@pytest.mark.parametrize("engine", ["parameter", "batched", "sharded"])
+def test_batches_and_order_change_nothing(engine: Any, reference: Path, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    """Eight clips at once, those of the reference in other slots and beside others."""
+    module, wanted = finetuning(tiny_checkpoint("wan")), vectors(reference)
+    clips = Reversed(latents_for(module).shape, count=8, batch_size=8)
+    run(module, clips, str(tmp_path / "s"), engine=engine)
+    found = vectors(tmp_path / "s")
+    assert len(found) == 16
+    same({key: found[key] for key in wanted}, wanted)
+    same(vectors(tmp_path / "s", "query"), vectors(reference, "query"))
+
+
+class Mixing(MotionWeightedDenoising):
+    """A loss in which clips of a batch know of one another, as in a network that folds them into the wrong axis."""
+
+    def forward(self, step: DenoisingStep) -> torch.Tensor:
+        value = super().forward(step)
+        return value.sum().expand(len(value))
+
+
+def test_a_batch_in_which_clips_mix_is_refused(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"in a batch, Wan gives a clip's gradient \d+% off what it is alone.*\n.*\n.*parameter"
+    ):
+        go(
+            str(tiny_checkpoint("wan")),
+            str(tmp_path / "s"),
+            data={"count": 2, "batch_size": 2},
+            engine="batched",
+            loss=Mixing("ones"),
+            times=[Boundary(300.0)],
+        )
+    assert not InfluenceStore(tmp_path / "s").files, "nothing wrong is stored"
 
 
 def test_without_captions_all_clips_have_the_empty_one(reference: Path, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
@@ -281,7 +311,9 @@ def test_every_job_is_attributed_to_by_what_it_trains(reference: Path, tiny_chec
         run(jobs["customized"], latents_for(shapes, count=1, batch_size=1), str(tmp_path / "below"))
     counts = {name: store.manifest["parameters"]["count"] for name, store in stores.items()}
     assert counts["customized"] < counts["student"]
-    assert counts["on one base"] < counts["student"]
+    # On shared weights the student's adapter is attributed to, and not the critic's beside it.
+    own = jobs["on one base"].trained("student").values()
+    assert counts["on one base"] == sum(p.numel() for p in own) < counts["student"]
     # Prompts are no clips.
     texts = prompts(2)
     with pytest.raises(UsageError, match="latents"):
@@ -340,6 +372,65 @@ def test_a_pass_during_training_sees_the_weights_of_its_step_and_changes_no_trai
     assert len(store.ids("train")) == 4
     rows = {(n, k[0]): v for b in store.blocks("train") for n, k, v in zip(b.ids, b.keys, b.vectors, strict=True)}
     assert all(np.linalg.norm(rows[n, 0] - rows[n, 2]) > 1e-3 * np.linalg.norm(rows[n, 0]) for n in store.ids("train"))
+
+
+def test_another_training_run_does_not_mix_its_gradients_with_those_of_the_first(
+    tiny_checkpoint: Tiny, tmp_path: Path
+) -> None:
+    path = str(tiny_checkpoint("wan"))
+    job = {"adapter": None, "trainable": r"transformer\..*attn1.*"}
+    train(path, str(tmp_path), True, job=job)
+    before = [file.name for file in InfluenceStore(tmp_path / "store").files]
+    train(path, str(tmp_path), True, job=job)
+    assert [file.name for file in InfluenceStore(tmp_path / "store").files] == before, "the same run adds nothing"
+    # Another order of the samples' noises gives other weights at update 2, where there are rows; those of update 0 are the same.
+    with pytest.raises(UsageError, match=r"gradients of update 2 under other weights.*\n.*\n.*remove part-") as refused:
+        train(path, str(tmp_path), True, job={**job, "seed": 1})
+    named = str(refused.value)
+    assert 0 < sum(name in named for name in before) < len(before)
+    for name in before:
+        if name in named:
+            (tmp_path / "store" / name).unlink()
+    train(path, str(tmp_path), True, job={**job, "seed": 1})
+    assert InfluenceStore(tmp_path / "store").keys("train") == [(0, 500.0), (2, 500.0)]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_distillations_student_is_followed_through_its_training(
+    shared: bool, reference: Path, tiny_checkpoint: Tiny, tmp_path: Path
+) -> None:
+    """Its updates, not the critic's, and its weights as they are then."""
+    path, lora = str(tiny_checkpoint("wan")), LoRA(rank=2)
+    clips = latents_for(finetuning(path), count=2, batch_size=1)
+    options = {"times": [Boundary(300.0)]}
+
+    def fit(*callbacks: Any) -> Any:
+        job = distillation(path, **({"student_lora": lora, "critic_lora": lora} if shared else {}))
+        runner = trainer(tmp_path, max_steps=3, limit_val_batches=0, callbacks=list(callbacks))
+        runner.fit(job, clips)
+        return job
+
+    watched = fit(capture_of(tmp_path / "fit", at=[0], every=2, **options))
+    assert (watched.updates, watched.iterations) == (2, 3)
+    plain = fit().trained("student")
+    for name, weight in watched.trained("student").items():
+        torch.testing.assert_close(weight, plain[name], rtol=1e-5, atol=1e-7)
+    store = InfluenceStore(tmp_path / "fit")
+    assert store.keys("train") == [(0, 300.0), (2, 300.0)]
+    rows = {(n, k[0]): v for b in store.blocks("train") for n, k, v in zip(b.ids, b.keys, b.vectors, strict=True)}
+    # What the trained student gives afterwards, and what its own weights give, by autograd and with no critic near.
+    run(watched, clips, str(tmp_path / "after"), **options)
+    same({(n, 300.0): v for (n, step), v in rows.items() if step == 2}, vectors(tmp_path / "after"))
+    if shared:
+        return
+    same(
+        {(n, 300.0): v for (n, step), v in rows.items() if step == 0},
+        {k: v for k, v in vectors(reference).items() if k in vectors(tmp_path / "after")},
+    )
+    alone = finetuning(path)
+    alone.backbone.materialize().networks.load_state_dict(watched.student.networks.state_dict())
+    run(alone, clips, str(tmp_path / "alone"), **options)
+    same(vectors(tmp_path / "alone"), vectors(tmp_path / "after"))
 
 
 class Broken(MotionWeightedDenoising):

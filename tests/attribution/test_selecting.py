@@ -57,6 +57,19 @@ def test_the_most_harmful_are_dropped() -> None:
         select(scores, "100%", drop=True)
 
 
+def test_a_vote_against_the_most_harmful_is_not_one_for_the_best() -> None:
+    # "torn" is best for one query and worst for four; "plain" is in the middle for all, so that no query votes for it.
+    ids = ["torn", "plain", *(f"clip-{i}" for i in range(8))]
+    values = np.random.default_rng(0).uniform(-0.5, 0.5, size=(10, 5))
+    values[0], values[1] = [9.0, -9.0, -9.0, -9.0, -9.0], 0.0
+    scores = Scores(ids, [f"query-{i}" for i in range(5)], values)
+    assert votes(scores, 80.0)[:2].tolist() == [1, 0]
+    kept = select(scores, 1, drop=True, percentile=80.0)
+    assert "torn" not in kept
+    assert len(kept) == 9
+    assert kept == [name for name in rank(scores, percentile=80.0).ids if name != "torn"], "in the order of the vote"
+
+
 def test_controls() -> None:
     scores = made()
     drawn = select(scores, 10, how="random", seed=1)
@@ -75,6 +88,8 @@ def test_controls() -> None:
     assert near["one"] == pytest.approx(1.0)
     assert near["not"] == pytest.approx(-1.0)
     assert abs(near["two"]) < 0.5
+    with pytest.raises(UsageError, match="clips of 192 and 768 numbers"):
+        similarity([("large", rng.normal(size=(3, 16, 16)))], [one])
 
 
 def test_overlap_of_queries() -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from muybridge.attribution.influence import influence, sweep, unit
-from muybridge.attribution.store import InfluenceStore, StoreWriter, model_digest
+from muybridge.attribution.store import UPDATES, InfluenceStore, StoreWriter, check_update, model_digest
 from muybridge.data.content import text_key
 from muybridge.errors import UsageError
 
@@ -167,6 +168,30 @@ def test_a_full_disk_is_said_and_what_was_written_stays(tmp_path: Path, monkeypa
     assert fill(tmp_path / "s").counts == {"ok": 16}
 
 
+def test_weights_of_an_update_are_not_mixed(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path / "s", MANIFEST) as writer:
+        for step in (0, 2):
+            writer.add("clip", "train", step, 500.0, vector("clip"))
+            writer.flush()
+    noted = check_update(tmp_path / "s", 0, "aa")
+    assert noted == {"0": "aa"}
+    (tmp_path / "s" / UPDATES).write_text(json.dumps(noted))
+    assert check_update(tmp_path / "s", 2, "bb") == {"0": "aa", "2": "bb"}
+    first, second = InfluenceStore(tmp_path / "s").files
+    with pytest.raises(UsageError, match=rf"update 0 under other weights.*\n.*\n.*remove {first.name} and go on"):
+        check_update(tmp_path / "s", 0, "cc")
+    # An update without rows binds nobody.
+    first.unlink()
+    assert check_update(tmp_path / "s", 0, "cc") == {"0": "cc"}
+    assert second.is_file()
+    fill(tmp_path / "t", times=(500.0,))
+    fill(tmp_path / "u", times=(500.0,))
+    for name, digest in (("t", "aa"), ("u", "bb")):
+        (tmp_path / name / UPDATES).write_text(json.dumps({"0": digest}))
+    with pytest.raises(UsageError, match="weights at updates is"):
+        influence(InfluenceStore(tmp_path / "t"), InfluenceStore(tmp_path / "u"))
+
+
 # -- scores --------------------------------------------------------------------------------------------------------------------
 
 
@@ -199,6 +224,26 @@ def test_scores_are_what_the_equations_say(tmp_path: Path) -> None:
         wanted.append(unit(a) @ inverse @ unit(b).T * 0.3 * np.trace(moment) / DIM)
     assert np.allclose(small.values, np.mean(wanted, 0), atol=1e-5)
     assert np.allclose(large.values, cosine, atol=1e-4)
+
+
+def test_scores_take_no_more_memory_for_a_larger_store(tmp_path: Path) -> None:
+    manifest = {**MANIFEST, "projection": {"dim": 1024}}
+    vectors = torch.randn(4096, 1024, generator=torch.Generator().manual_seed(0))
+    with StoreWriter(tmp_path / "s", manifest, rows=256) as writer:
+        for i, one in enumerate(vectors):
+            writer.add(f"clip-{i:04d}", "train", 0, 500.0, one)
+        writer.add("query", "query", 0, 500.0, vectors[0])
+    store = InfluenceStore(tmp_path / "s")
+    store.ids("train")
+    tracemalloc.start()
+    try:
+        values = influence(store, centre=True).values
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert values.shape == (4096, 1)
+    # A file of 256 vectors and a few copies of it, of the 16 MiB that there are.
+    assert peak < 0.5 * vectors.nbytes
 
 
 def test_the_length_of_a_gradient_cancels(tmp_path: Path) -> None:
