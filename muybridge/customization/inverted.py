@@ -45,7 +45,8 @@ class Inverted:
     Args:
         noise: (C, F, H, W).
         clean: The clip's latents.
-        about: What made it: clip, model, family, prompt, steps, order, refinements, guidance, size, error of the round trip.
+        about: What made it: clip and its file, model, family, prompt, steps, order, refinements, guidance, size, frames per
+            second, dtype, error of the round trip.
     """
 
     noise: Tensor
@@ -95,7 +96,7 @@ def write_inverted(path: str | Path, found: Inverted) -> Path:
 
 
 def read_inverted(path: str | Path, backbone: Backbone | None = None) -> Inverted:
-    """Read a file of ``muybridge invert``; refuses one of another family or another shape.
+    """Read a file of ``muybridge invert``; refuses one of another family.
 
     Args:
         path: A ``.safetensors`` file.

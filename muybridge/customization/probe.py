@@ -3,7 +3,8 @@
 A clip is inverted under its own caption. For each pair of boundaries the sampler then runs under the *target* caption between
 them and under the *source* caption outside. Cells share their beginnings: the source path up to a start is the inverted path
 itself, and the target path from a start is walked once for all ends. With N steps and b boundaries that takes
-``Σ_i (N - i) + Σ_{i<j} (N - j)`` network steps: 1100 instead of 2750 for 50 and 10.
+``Σ_i (N - i) + Σ_{i<j} (N - j)`` network steps: 1100 instead of 2750 for 50 and 10. Guided sampling leaves the inverted path, so
+its source path is walked first, N steps more.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Cell:
         clip: Id of the reference.
         frames: Frames of the clip.
         swap: What was tampered with.
+        target: The caption that was put in.
         start: First tampered step, counted from noise.
         end: First step after the tampered ones; as ``start`` where nothing is tampered with.
         t_start: The time of that step.
@@ -49,7 +51,7 @@ class Cell:
         logsnr_start: Log signal-to-noise ratio there.
         logsnr_end: Likewise.
         alignment: How much the result is like the target caption.
-        similarity: How much it moves like the reference.
+        similarity: How much it moves like the reference, or under guidance like what guided sampling makes of its noise.
         error: Endpoint error of the flow against the reference's, as a share of the diagonal.
         ratio: Amount of motion against the reference's.
     """
@@ -57,6 +59,7 @@ class Cell:
     clip: str
     frames: int
     swap: str
+    target: str
     start: int
     end: int
     t_start: float
@@ -76,7 +79,8 @@ class Cell:
     def of_row(cls, row: dict[str, str]) -> Cell:
         """From a row of a table."""
         kinds = {"str": str, "int": int, "float": float}
-        return cls(**{f.name: kinds[str(f.type)](row[f.name]) for f in fields(cls)})
+        said = {"target": "", **row}  # which the first tables did not say
+        return cls(**{f.name: kinds[str(f.type)](said[f.name]) for f in fields(cls)})
 
 
 def marks(steps: int, boundaries: int) -> list[int]:
@@ -90,11 +94,33 @@ def marks(steps: int, boundaries: int) -> list[int]:
     return [round(k * steps / boundaries) for k in range(boundaries + 1)]
 
 
-def network_steps(steps: int, boundaries: int, swap: Swap = "subject") -> int:
+def network_steps(steps: int, boundaries: int, swap: Swap = "subject", guidance: float = 1.0) -> int:
     """Network steps of a grid, its inversion not counted."""
     at = marks(steps, boundaries)
     runs = sum(steps - i for i in at[:-1])
-    return runs if swap == "noise" else runs + sum(k * (steps - j) for k, j in enumerate(at))
+    if swap == "noise":
+        return runs
+    return runs + sum(k * (steps - j) for k, j in enumerate(at)) + (steps if guidance != 1.0 else 0)
+
+
+def walked(
+    denoise: Denoiser,
+    noise: Tensor,
+    schedule: NoiseSchedule,
+    steps: int,
+    order: inversion.Order = "euler",
+    on_step: Optional[Callable[[], None]] = None,
+) -> list[Tensor]:
+    """The latents of a sampling at every place, from clean to noise as those of an inversion."""
+    path = [noise]
+
+    def note(index: int, count: int, time: float, z: Tensor) -> None:
+        path.append(z)
+        if on_step is not None:
+            on_step()
+
+    inversion.resample(denoise, noise, schedule, steps, order, on_step=note)
+    return path[::-1]
 
 
 def tampered(
@@ -109,9 +135,9 @@ def tampered(
     """All cells of a grid: (first tampered step, first step after, resulting latents).
 
     Args:
-        source: The network under the caption that the path was inverted with.
+        source: The network under the caption of the path.
         target: The network under the other caption.
-        path: Latents from clean to noise, as :func:`muybridge.diffusion.inversion.invert` gives them.
+        path: Latents from clean to noise, as :func:`muybridge.diffusion.inversion.invert` and :func:`walked` give them.
         schedule: The family's schedule.
         boundaries: Equal parts into which the steps are cut.
         order: As for the inversion.
@@ -202,8 +228,10 @@ def probe_clip(
         text = backbone.encode_text([spoken(words, settings.keep_bar)])
         return backbone.guided(text, guidance=settings.guidance)
 
+    if settings.guidance != 1.0 and swap != "noise":
+        path = walked(under(caption), path[-1], schedule, how.steps, how.order, on_step)
     places = inversion.ladder(schedule, how.steps)[::-1]
-    untouched = backbone.decode(clean)
+    untouched = backbone.decode(path[0])
     flow = dis_flow(untouched.cpu())
 
     def cell(start: int, end: int, latents: Tensor, pixels: Tensor) -> Cell:
@@ -213,6 +241,7 @@ def probe_clip(
             clip=reference.id,
             frames=frames,
             swap=swap,
+            target=target,
             start=start,
             end=end,
             t_start=a.time,
@@ -225,7 +254,7 @@ def probe_clip(
             ratio=float(found.ratio),
         )
 
-    cells = [cell(how.steps, how.steps, clean, untouched)]
+    cells = [cell(how.steps, how.steps, path[0], untouched)]
     if swap == "noise":
         fresh = keyed_noise(tuple(clean.shape[1:]), settings.seed, "probe", reference.id)[None].to(clean)
         results = renoised(under(caption), clean, fresh, schedule, how.steps, settings.boundaries, how.order, on_step)
@@ -245,11 +274,11 @@ def _logsnr(place: inversion.Node) -> float:
 def target_caption(
     caption: str, others: Sequence[str], swap: Swap, subject: Optional[str] = None, motion: Optional[str] = None
 ) -> str:
-    """The caption that is put in: what was asked for, or the words of the next clip that has others.
+    """The caption that is put in: what was asked for, or the words of the first clip that has others.
 
     Args:
         caption: The clip's own.
-        others: Captions of the other clips, the nearest first.
+        others: Captions of the other clips, those to be taken first in front.
         swap: What is to differ.
         subject: The new subject, where it is given.
         motion: The new motion, where it is given.

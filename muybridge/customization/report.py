@@ -16,6 +16,7 @@ from muybridge.customization.boundary import Estimate, Point, by_clip, early, es
 from muybridge.customization.probe import Cell
 from muybridge.customization.tau import RESULT
 from muybridge.diffusion.boundaries import Boundary
+from muybridge.errors import UsageError
 from muybridge.whole import whole, write_text
 
 TABLE = "grid.csv"
@@ -35,6 +36,17 @@ def read_cells(path: Path) -> list[Cell]:
     """What :func:`write_cells` wrote."""
     with path.open(newline="", encoding="utf-8") as file:
         return [Cell.of_row(row) for row in csv.DictReader(file)]
+
+
+def refuse_other_words(path: Path, target: str) -> None:
+    """Refuse to keep cells into which another caption was put than would be now."""
+    made = read_cells(path)[0].target
+    if made not in ("", target):
+        raise UsageError(
+            f"{path} is there and was made with the words {made!r}",
+            f"{target!r}, as is asked for now",
+            "choose another --out, or remove the file",
+        )
 
 
 def _place(found: Estimate, backbone: Backbone) -> dict[str, Any]:
@@ -106,7 +118,9 @@ def draw(folder: Path, cells: Sequence[Cell], parts: Sequence[dict[str, Any]]) -
             figure, axes = pyplot.subplots(1, 2, figsize=(9.6, 4.2))
             for axis, (key, title) in zip(axes, what.items(), strict=True):
                 _heat(pyplot, axis, some, key)
-                axis.set(title=title, xlabel="tampering begins at time", ylabel="tampering ends at time")
+                axis.set(
+                    title=title, xlabel="tampering begins at time (logSNR)", ylabel="tampering ends at time (logSNR)"
+                )
             made.append(save_figure(figure, folder / f"heatmap-{name}.png"))
         figure, axes = pyplot.subplots(2, 2, figsize=(9.6, 5.6), sharex="col")
         for column, unit in enumerate(("timestep", "logSNR")):
@@ -137,9 +151,11 @@ def _heat(pyplot: Any, axis: Any, cells: Sequence[Cell], key: str) -> None:
             if found:
                 values[i][j] = statistics.fmean(found)
     picture = axis.imshow(values, origin="upper", aspect="auto", cmap="viridis")
-    times = {c.start: c.t_start for c in cells} | {c.end: c.t_end for c in cells if c.end > c.start}
-    axis.set_xticks(range(len(starts)), [f"{times[s]:.0f}" for s in starts], rotation=60, fontsize=7)
-    axis.set_yticks(range(len(ends)), [f"{times[e]:.0f}" for e in ends], fontsize=7)
+    places = {c.start: (c.t_start, c.logsnr_start) for c in cells}
+    places |= {c.end: (c.t_end, c.logsnr_end) for c in cells if c.end > c.start}
+    said = {step: f"{time:.0f} ({logsnr:.1f})" for step, (time, logsnr) in places.items()}
+    axis.set_xticks(range(len(starts)), [said[s] for s in starts], rotation=60, fontsize=7)
+    axis.set_yticks(range(len(ends)), [said[e] for e in ends], fontsize=7)
     pyplot.colorbar(picture, ax=axis)
 
 

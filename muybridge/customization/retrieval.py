@@ -62,16 +62,13 @@ def describe_record(record: AttentionRecord) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def describe(
-    backbone: Backbone, reference: Reference, times: Sequence[float], keep_bar: bool = False, seed: int = 0
-) -> dict[Key, Tensor]:
+def describe(backbone: Backbone, reference: Reference, times: Sequence[float], seed: int = 0) -> dict[Key, Tensor]:
     """All descriptors of one clip: of its maps at some noise levels, and of its latents and pixels to compare with.
 
     Args:
         backbone: With its network loaded.
         reference: The clip; its caption's subject is the prompt.
         times: Noise levels as timesteps.
-        keep_bar: Whether the model's captions have bars; the subject alone has none either way.
         seed: Of the one noise of all clips.
     """
     clean = backbone.encode(reference.pixels[None].to(backbone.device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +86,6 @@ class ClipAlignment(Alignment):
     name = "clip"
 
     def __init__(self, path: str, device: torch.device | str = "cpu") -> None:
-        if not (Path(path) / "config.json").is_file():
-            raise UsageError(
-                f"there is no CLIP model at {path}",
-                "a directory with config.json, model.safetensors, the tokenizer and preprocessor_config.json",
-                "save openai/clip-vit-base-patch32 there, or take --alignment model, which needs none",
-            )
         from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
         self.model = CLIPModel.from_pretrained(path).eval().to(device)
@@ -142,16 +137,36 @@ ALIGNMENTS = ("model", "clip", "reader")
 """Names of what ``muybridge probe --alignment`` takes."""
 
 
+def check_alignment(name: str, clip_model: str | None, captions: Iterable[str]) -> None:
+    """Refuse what a scorer of that name could not work with, before anything is loaded.
+
+    Args:
+        name: One of :data:`ALIGNMENTS`.
+        clip_model: Directory of a CLIP model, where one is given.
+        captions: All that it will be asked about.
+    """
+    if name not in ALIGNMENTS:
+        raise UsageError(f"alignment is {name!r}", f"one of {', '.join(ALIGNMENTS)}")
+    if name == "clip" and clip_model is None:
+        raise UsageError(
+            "alignment clip without a CLIP model", "--clip_model DIR", "or --alignment model, which needs none"
+        )
+    if name == "clip" and not (Path(str(clip_model)) / "config.json").is_file():
+        raise UsageError(
+            f"there is no CLIP model at {clip_model}",
+            "a directory with config.json, model.safetensors, the tokenizer and preprocessor_config.json",
+            "save openai/clip-vit-base-patch32 there, or take --alignment model, which needs none",
+        )
+    if name == "reader":
+        from muybridge.metrics.reading import asked
+
+        for caption in captions:
+            asked(caption)
+
+
 def make_alignment(name: str, backbone: Backbone, clip_model: str | None, keep_bar: bool) -> Alignment:
     """The scorer of that name; refuses what it lacks."""
+    check_alignment(name, clip_model, ())
     if name == "clip":
-        if clip_model is None:
-            raise UsageError(
-                "alignment clip without a CLIP model", "--clip-model DIR", "or --alignment model, which needs none"
-            )
-        return ClipAlignment(clip_model, backbone.device)
-    if name == "reader":
-        return ReaderAlignment()
-    if name == "model":
-        return ModelAlignment(backbone, keep_bar=keep_bar)
-    raise UsageError(f"alignment is {name!r}", f"one of {', '.join(ALIGNMENTS)}")
+        return ClipAlignment(str(clip_model), backbone.device)
+    return ReaderAlignment() if name == "reader" else ModelAlignment(backbone, keep_bar=keep_bar)

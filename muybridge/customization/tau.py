@@ -108,7 +108,8 @@ def read_tau(folder: str | Path, family: str) -> Boundary:
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
         tau, made_for = result["tau"], result["family"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        tau = None if tau is None else float(tau)
+    except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{file} is no result of a probe ({type(error).__name__}: {error})", f"a {RESULT}") from error
     if made_for != family:
         raise UsageError(
@@ -120,4 +121,4 @@ def read_tau(folder: str | Path, family: str) -> Boundary:
             "a probe that found one",
             "give tau a value, or probe with more clips",
         )
-    return Boundary(float(tau))
+    return Boundary(tau)

@@ -122,14 +122,20 @@ def _solve(schedule: NoiseSchedule, prediction: Tensor, z: Tensor, here: Node, t
     return (z - (here.alpha * b + here.sigma * d) * prediction) / (here.alpha * a + here.sigma * c)
 
 
-def _check(schedule: NoiseSchedule, order: Order, refinements: int) -> None:
+def usual_refinements(order: Order) -> int:
+    """As many as a step of that order may have, and most is won by: two, or none for ``midpoint``."""
+    return 2 if order == "euler" else 0
+
+
+def check_method(schedule: NoiseSchedule, order: Order, refinements: int) -> None:
+    """Refuse what can't be followed; needs no network."""
     if order not in ("euler", "midpoint"):
         raise UsageError(f"order is {order!r}", "euler or midpoint")
     if refinements < 0 or (refinements and order == "midpoint"):
         raise UsageError(
             f"{refinements} refinements of order {order}",
             "0 or more with euler; midpoint has none",
-            "midpoint costs two network calls a step, euler one and one for each refinement",
+            "leave refinements out: midpoint costs two network calls a step, euler one and one for each refinement",
         )
     if schedule.prediction == "epsilon" and float(schedule.coefficients(torch.tensor(T_MAX))[0]) == 0.0:
         raise UsageError(
@@ -161,7 +167,13 @@ def invert(
             the sampler's step leads back. Each costs a network call a step.
         on_step: Called after each step with (index, count, time, latents).
     """
-    _check(schedule, order, refinements)
+    check_method(schedule, order, refinements)
+    if schedule.prediction == "x0":
+        raise UsageError(
+            "a network that predicts the clip itself",
+            "one that predicts noise, v or flow",
+            "its last step forgets where it came from, so that it has no inverse",
+        )
     places = ladder(schedule, steps)
     states = [P.upcast(clean)]
     for i in range(steps):
@@ -202,13 +214,21 @@ def resample(
         stop: The end where not given.
         on_step: Called after each step with (index, count, time, latents).
     """
-    _check(schedule, order, 0)
+    check_method(schedule, order, 0)
     places, z = ladder(schedule, steps)[::-1], P.upcast(noise)
     for i in range(start, steps if stop is None else stop):
         z = ode_step(denoise, z, places[i], places[i + 1], schedule, order)
         if on_step is not None:
             on_step(i, steps, places[i].time, z)
     return z
+
+
+def check_beta(beta: float) -> None:
+    """Refuse what is no share."""
+    if not 0.0 <= beta <= 1.0:
+        raise UsageError(
+            f"beta is {beta}", "a number from 0 (fresh noise) to 1 (inverted noise)", "0.3 to 0.5 are usual"
+        )
 
 
 def mix_noise(inverted: Tensor, fresh: Tensor, beta: float) -> Tensor:
@@ -219,10 +239,7 @@ def mix_noise(inverted: Tensor, fresh: Tensor, beta: float) -> Tensor:
         fresh: Standard normal noise.
         beta: 0 is fresh noise, 1 the inverted. Published recipes take 0.3 to 0.5; more leaks the clip's appearance.
     """
-    if not 0.0 <= beta <= 1.0:
-        raise UsageError(
-            f"beta is {beta}", "a number from 0 (fresh noise) to 1 (inverted noise)", "0.3 to 0.5 are usual"
-        )
+    check_beta(beta)
     return beta**0.5 * inverted + (1.0 - beta) ** 0.5 * fresh
 
 

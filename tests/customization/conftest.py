@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from muybridge.backbones.base import Backbone
 from muybridge.toy_clips import write_clips
 
 References = Callable[[Path, int], Path]
@@ -29,3 +30,13 @@ def references() -> References:
 def clips(references: References, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two of them; tests must not write there."""
     return references(tmp_path_factory.mktemp("references"), 2)
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading any network fails the test."""
+
+    def loaded(self: Backbone) -> Backbone:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(Backbone, "materialize", loaded)

@@ -40,31 +40,29 @@ def test_clips_become_noise_that_leads_back(
     # What is there is kept, and what was made otherwise is refused.
     assert main(command) == 0
     assert "2 of 2 are in" in capsys.readouterr().out
-    assert main([*command, "--steps=7"]) == 2
-    assert "made with steps 6" in capsys.readouterr().err
+    assert (about["fps"], about["dtype"], Path(about["video"]).name) == (None, "float32", "clip-000.mp4")
+    for option, said in (
+        ("--steps=7", "made with steps 6"),
+        ("--fps=4", "made with fps None"),
+        ("--dtype=bfloat16", "made with dtype 'float32'"),
+    ):
+        assert main([*command, option]) == 2
+        assert said in capsys.readouterr().err
     # Without words, as several published methods invert.
-    bare = [*command[:3], f"--out={tmp_path / 'bare'}", *command[4:], "--prompt=empty"]
+    bare = [*command[:3], f"--out={tmp_path / 'bare'}", *command[4:], "--prompt=empty", "--order=midpoint"]
     assert main(bare) == 0
+    assert "12 network calls each" in capsys.readouterr().out
     wordless = read_inverted(tmp_path / "bare/clip-000.safetensors", backbone)
-    assert wordless.about["prompt"] == ""
+    assert (wordless.about["prompt"], wordless.about["order"], wordless.about["refinements"]) == ("", "midpoint", 0)
     assert not torch.equal(wordless.noise, found.noise)
     with pytest.raises(UsageError, match="noise of Wan"):
         read_inverted(out / "clip-000.safetensors", load(str(tiny_checkpoint("latte"))))
 
 
+@pytest.mark.usefixtures("no_weights")
 def test_bad_references_are_refused_before_any_weight_is_read(
-    clips: Path,
-    tiny_checkpoint: Tiny,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    clips: Path, tiny_checkpoint: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from muybridge.backbones.base import Backbone
-
-    def loaded(self: Backbone) -> Backbone:
-        raise AssertionError("weights were read")
-
-    monkeypatch.setattr(Backbone, "materialize", loaded)
     model = f"--model={tiny_checkpoint('wan')}"
     small = ["--height=16", "--width=16"]
     for options, said in (
@@ -72,6 +70,7 @@ def test_bad_references_are_refused_before_any_weight_is_read(
         (["--frames=10", *small], "4n"),
         (["--frames=9", "--height=17", "--width=16"], "divisible"),
         (["--frames=9", *small, "--steps=1"], "at least 2"),
+        (["--frames=9", *small, "--order=midpoint", "--refinements=1"], "leave refinements out"),
     ):
         assert main(["invert", model, f"--videos={clips}", f"--out={tmp_path / 'x'}", *options]) == 2
         assert said in capsys.readouterr().err

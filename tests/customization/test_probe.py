@@ -7,19 +7,35 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from matplotlib import pyplot
 from support.denoising import denoising_inputs, open_tiny
 from torch import Tensor
 
 from muybridge.cli import main
 from muybridge.customization import report
 from muybridge.customization.boundary import by_clip, early, estimate, half_way, late, parting
-from muybridge.customization.probe import Cell, marks, network_steps, renoised, tampered, target_caption
-from muybridge.customization.tau import Tau, read_tau
+from muybridge.customization.inverted import How
+from muybridge.customization.probe import (
+    Cell,
+    Settings,
+    marks,
+    network_steps,
+    probe_clip,
+    renoised,
+    tampered,
+    target_caption,
+    walked,
+)
+from muybridge.customization.references import Reference
+from muybridge.customization.scores import ModelAlignment
+from muybridge.customization.tau import KNOWN, Tau, read_tau
 from muybridge.diffusion import FlowSchedule, inversion
 from muybridge.errors import UsageError
+from muybridge.registry import BACKBONES
 
 Tiny = Callable[[str], Path]
 
@@ -64,6 +80,31 @@ def test_a_cell_is_the_sampling_with_swapped_words_step_by_step() -> None:
     assert seen == [(0, 2), (0, 4), (0, 6), (2, 4), (2, 6), (4, 6)]
 
 
+def test_a_sampling_s_path_is_its_places_from_clean_to_noise() -> None:
+    schedule, source = FlowSchedule(3.0), Counted(0.5)
+    noise = torch.randn(1, 1, 2, 2, 2, generator=torch.Generator().manual_seed(1))
+    path = walked(source, noise, schedule, 5)
+    assert source.calls == 5
+    for done in range(6):
+        assert torch.equal(path[5 - done], inversion.resample(Counted(0.5), noise, schedule, 5, stop=done))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@torch.no_grad()
+def test_the_same_words_change_nothing_whatever_the_guidance(guidance: float, tiny_checkpoint: Tiny) -> None:
+    """Guided sampling leaves the inverted path, so the cells must share its own."""
+    backbone, steps = open_tiny(tiny_checkpoint("wan")), []
+    pixels = torch.rand(3, 5, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    reference = Reference("a", "a disc | moves", pixels, 8.0)
+    settings = Settings(How(4, refinements=3), 2, guidance)
+    words, scorer = reference.caption, ModelAlignment(backbone, times=(500.0,))
+    cells = probe_clip(backbone, reference, words, "subject", settings, scorer, lambda: steps.append(1))
+    assert [(c.start, c.end) for c in cells] == [(4, 4), (0, 2), (0, 4), (2, 4)]
+    assert all(c.similarity > 0.99 for c in cells)
+    assert all(c.target == words for c in cells)
+    assert len(steps) == 4 + network_steps(4, 2, "subject", guidance)
+
+
 def test_fresh_noise_from_a_boundary_on() -> None:
     schedule = FlowSchedule(1.0)
     clean, fresh = torch.randn(2, 1, 1, 2, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -90,6 +131,7 @@ def grid(tau: int, swap: str = "subject", clip: str = "a", steps: int = 10) -> l
                     clip=clip,
                     frames=9,
                     swap=swap,
+                    target="a cat | runs",
                     start=start,
                     end=end,
                     t_start=1000.0 - 100.0 * start,
@@ -129,6 +171,42 @@ def test_clips_are_averaged_and_their_spread_is_told() -> None:
     cells = [*grid(3, clip="a"), *grid(5, clip="b")]
     assert {n: e.t for n, e in by_clip(cells).items()} == {"a": 700.0, "b": 500.0}
     assert 500.0 <= (estimate(cells).t or 0.0) <= 700.0
+
+
+def test_what_a_probe_recommends_is_what_a_config_takes(
+    tiny_checkpoint: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result says τ in all units, of each clip, and how far these lie apart; pictures show both scales."""
+    backbone = open_tiny(tiny_checkpoint("wan"))
+    cells = [*grid(3, clip="a"), *grid(3, clip="b"), *grid(5, clip="c"), *grid(6, "motion", clip="a")]
+    drawn: dict[str, list[tuple[str, list[str], int]]] = {}
+
+    def note(figure: Any, path: Path) -> Path:
+        drawn[path.stem] = [
+            (axis.get_xlabel(), [t.get_text() for t in axis.get_xticklabels()], len(axis.lines)) for axis in figure.axes
+        ]
+        pyplot.close(figure)
+        return path
+
+    monkeypatch.setattr(report, "save_figure", note)
+    result = report.conclude(tmp_path, cells, backbone, {"steps": 10})
+    assert result == json.loads((tmp_path / report.RESULT).read_text())
+    assert result["by_clip"] == {"a": 700.0, "b": 700.0, "c": 500.0}
+    assert result["spread"] == pytest.approx((2.0 / 3.0 * 100.0**2 * 2.0) ** 0.5)
+    assert result["range"] == [500.0, 700.0]
+    assert result["tau"] == 700.0
+    # σ = t/1000 in a flow family.
+    assert result["sigma"] == pytest.approx(0.7)
+    assert result["logsnr"] == pytest.approx(2.0 * math.log(0.3 / 0.7))
+    assert [(c["swap"], c["tau"]) for c in result["cross_checks"]] == [("motion", pytest.approx(700.0))]
+    assert Tau(from_probe=str(tmp_path)).resolve(backbone).value == 700.0
+    heat, curves = drawn["heatmap-subject-9f"], drawn["curves-subject-9f"]
+    assert [axis[0] for axis in heat[:2]] == ["tampering begins at time (logSNR)"] * 2
+    assert heat[0][1][0] == "1000 (-5.0)"
+    assert [axis[0] for axis in curves[2:]] == ["timestep (1000 is noise)", "logSNR"]
+    # Tampered late, tampered early, and the boundary.
+    assert [axis[2] for axis in curves] == [3, 3, 3, 3]
+    assert report.read_cells(tmp_path / report.TABLE) == cells
 
 
 @pytest.mark.parametrize(
@@ -175,8 +253,11 @@ def test_boundaries_must_fit_the_steps(boundaries: int) -> None:
 
 
 def test_a_probe_of_a_real_network_from_the_command(
-    clips: Path, tiny_checkpoint: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    references: Callable[[Path, int], Path], tiny_checkpoint: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    clips = references(tmp_path / "clips", 2)
+    captions = [(clips / f"clip-00{i}.txt").read_text().strip() for i in (0, 1)]
+    subject = captions[0].split(" | ")[0]
     out = tmp_path / "probe"
     command = ["probe", f"--model={tiny_checkpoint('wan')}", f"--videos={clips}", f"--out={out}", "--steps=4"]
     command += ["--boundaries=2", "--refinements=1", "--frames=[9]", "--height=16", "--width=16"]
@@ -203,9 +284,18 @@ def test_a_probe_of_a_real_network_from_the_command(
     assert "5 of 6 grids" in capsys.readouterr().out
     assert (out / "cells/clip-000.9f.subject.csv").stat().st_mtime_ns == kept
     assert (out / "grid.csv").read_text() == before
-    # Other settings do not mix.
+    # Other settings do not mix, and other words neither.
     assert main([*command, "--guidance=3"]) == 2
     assert "guidance" in capsys.readouterr().err
+    assert {c.target for c in cells if (c.swap, c.clip) == ("noise", "clip-000")} == {captions[0]}
+    other = captions[1].split(" | ")
+    assert {c.target for c in cells if (c.swap, c.clip) == ("motion", "clip-000")} == {f"{subject} | {other[1]}"}
+    words = clips / "clip-001.txt"
+    before = words.read_text()
+    words.write_text(f"a robot | {other[1]}")
+    assert main(command) == 2
+    assert "made with the words" in capsys.readouterr().err
+    words.write_text(before)
 
 
 def test_several_lengths_are_probed_one_after_another(clips: Path, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
@@ -237,6 +327,31 @@ def test_the_inverted_path_is_the_source_path(tiny_checkpoint: Tiny) -> None:
         assert float(inversion.relative_error(z, path[8 - done])) < 1e-3
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--alignment=clip"], "--clip_model DIR"),
+        (["--alignment=clip", "--clip_model=nowhere"], "no CLIP model at nowhere"),
+        (["--alignment=reader", "--subject=a robot"], "one shape of"),
+        (["--boundaries=9"], "from 2 to 4"),
+        (["--frames=[17]"], "can't be used"),
+    ],
+)
+@pytest.mark.usefixtures("no_weights")
+def test_a_probe_that_cannot_be_is_refused_before_any_weight_is_read(
+    options: list[str],
+    said: str,
+    clips: Path,
+    tiny_checkpoint: Tiny,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["probe", f"--model={tiny_checkpoint('wan')}", f"--videos={clips}", f"--out={tmp_path / 'x'}"]
+    command += ["--steps=4", "--boundaries=2", "--frames=[9]", "--height=16", "--width=16"]
+    assert main([*command, *options]) == 2
+    assert said in capsys.readouterr().err
+
+
 # -- tau ---------------------------------------------------------------------------------------------------------------
 
 
@@ -252,6 +367,18 @@ def test_tau_comes_from_a_value_a_probe_or_the_table(tiny_checkpoint: Tiny, tmp_
     (tmp_path / "probe.json").write_text(json.dumps({"tau": None, "family": "CogVideoX", "reason": "all the same"}))
     with pytest.raises(UsageError, match="all the same"):
         Tau(from_probe=str(tmp_path)).resolve(backbone)
+    (tmp_path / "probe.json").write_text(json.dumps({"tau": "high", "family": "CogVideoX"}))
+    with pytest.raises(UsageError, match="no result of a probe"):
+        Tau(from_probe=str(tmp_path)).resolve(backbone)
+
+
+def test_boundaries_are_published_of_the_papers_families_alone() -> None:
+    assert {name: known.tau for name, known in KNOWN.items() if known.tau is not None} == {
+        "UNet3D": 700.0,
+        "Latte": 700.0,
+        "CogVideoX": 950.0,
+    }
+    assert set(KNOWN) == set(BACKBONES)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.denoising import denoising_inputs, open_tiny
 
+from muybridge import tiny
 from muybridge.backbones.taps import AttentionTap
 from muybridge.cli import main
 from muybridge.customization.retrieval import (
@@ -68,7 +69,7 @@ def test_keys_that_know_the_motion_are_told_from_those_that_do_not() -> None:
     assert as_regex(["blocks.0.attn1"]) == r"blocks\.0\.attn1"
 
 
-@pytest.mark.parametrize("name", ["wan", "latte", "cogvideox"])
+@pytest.mark.parametrize("name", tiny.MAKERS)
 def test_descriptors_do_not_grow_with_the_picture(name: str, tiny_checkpoint: Tiny) -> None:
     backbone = open_tiny(tiny_checkpoint(name))
     latents, t, text = denoising_inputs(backbone, samples=1)
@@ -79,6 +80,7 @@ def test_descriptors_do_not_grow_with_the_picture(name: str, tiny_checkpoint: Ti
     assert {k for one in kinds for k in one} == {"temporal", "cross"}
     for record, one in zip(tap.records, kinds, strict=True):
         assert record.grid is not None
+        assert all(bool(vector.isfinite().all()) for vector in one.values())
         if "temporal" in one:
             assert one["temporal"].numel() <= 64 * record.grid[0] ** 2
 

@@ -18,7 +18,7 @@ from muybridge.proving_ground.captions import subject_words
 from muybridge.proving_ground.render import render
 from muybridge.proving_ground.scene import draw_scene
 from muybridge.proving_ground.small import SMALL
-from muybridge.video import to_pixels
+from muybridge.video import to_frames, to_pixels
 
 Tiny = Callable[[str], Path]
 
@@ -78,7 +78,12 @@ def test_clip_is_the_mean_cosine_over_frames(clip_model: Path) -> None:
     whole = alignment.score(torch.zeros(1), pixels, "a cat | runs", "")
     single = [alignment.score(torch.zeros(1), pixels[:, :, i : i + 1], "a cat | runs", "") for i in range(3)]
     assert whole == pytest.approx(sum(single) / 3, abs=1e-4)
-    assert -100.0 <= whole <= 100.0
+    # CLIP's own logits are these cosines times its temperature.
+    model = alignment.model
+    images = alignment.processor(images=list(to_frames(pixels[0])), return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**alignment.tokenizer(["a cat runs"], return_tensors="pt"), **images).logits_per_image
+    assert whole == pytest.approx(100.0 * float((logits / model.logit_scale.exp()).mean()), abs=1e-3)
 
 
 def test_the_reader_counts_what_the_captions_differ_in() -> None:
@@ -106,7 +111,7 @@ def test_what_is_missing_is_said(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     backbone = open_tiny(tiny_checkpoint("wan"))
     with pytest.raises(UsageError, match="no CLIP model at"):
         make_alignment("clip", backbone, str(tmp_path), False)
-    with pytest.raises(UsageError, match="--clip-model"):
+    with pytest.raises(UsageError, match="--clip_model DIR"):
         make_alignment("clip", backbone, None, False)
     with pytest.raises(UsageError, match="one of model, clip, reader"):
         make_alignment("dino", backbone, None, False)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, Optional
+from typing import TYPE_CHECKING, Any, Literal, Optional
+
+if TYPE_CHECKING:
+    from muybridge.data.clips import Clip
 
 
 def invert(
@@ -14,7 +17,7 @@ def invert(
     prompt: Literal["caption", "empty"] = "caption",
     steps: int = 50,
     order: Literal["euler", "midpoint"] = "euler",
-    refinements: int = 2,
+    refinements: Optional[int] = None,
     guidance: float = 1.0,
     frames: Optional[int] = None,
     height: Optional[int] = None,
@@ -35,7 +38,7 @@ def invert(
         prompt: Invert under each clip's own caption, or under the empty prompt as several published methods do.
         steps: Places on the way from clip to noise.
         order: ``euler`` (DDIM for variance-preserving families), or ``midpoint`` with two network calls a step.
-        refinements: Fixed-point iterations of each Euler step, one network call each.
+        refinements: Fixed-point iterations of each Euler step, one network call each; 2 where not given.
         guidance: Standard guidance; other values than 1 make inversion unstable.
         frames: Frames of a clip; the family's usual number where not given.
         height: Height in pixels; likewise.
@@ -53,19 +56,24 @@ def invert(
     from muybridge.cli.progress import Progress
     from muybridge.customization.inverted import How, Inverted, about, invert_clip, refuse_other, write_inverted
     from muybridge.customization.references import clip_size, list_references, read_reference, spoken
-    from muybridge.diffusion.inversion import calls, ladder
+    from muybridge.diffusion.inversion import calls, check_method, ladder, usual_refinements
 
-    how = How(steps, order, refinements, guidance)
+    how = How(steps, order, usual_refinements(order) if refinements is None else refinements, guidance)
     described = pick_family(model)(path=model)
     ladder(described.schedule, steps)
+    check_method(described.schedule, order, how.refinements)
     size = clip_size(described, frames, height, width)
     clips = list_references(videos, caption)
     targets = {clip.id: Path(out) / f"{clip.id}.safetensors" for clip in clips}
     waiting = [clip for clip in clips if not targets[clip.id].is_file()]
+
+    def made_of(clip: Clip, **more: Any) -> dict[str, Any]:
+        words = spoken(clip.caption or "", keep_bar) if prompt == "caption" else ""
+        return about(described, clip.id, words, how, size, video=str(clip.path), fps=fps, dtype=dtype, **more)
+
     for clip in clips:
         if targets[clip.id].is_file():
-            words = spoken(clip.caption or "", keep_bar) if prompt == "caption" else ""
-            refuse_other(targets[clip.id], about(described, clip.id, words, how, size))
+            refuse_other(targets[clip.id], made_of(clip))
     if len(waiting) < len(clips):
         print(f"{len(clips) - len(waiting)} of {len(clips)} are in {out} already")
     references = {clip.id: read_reference(clip, size, fps) for clip in waiting[:1]}
@@ -78,12 +86,12 @@ def invert(
         for clip in waiting:
             reference = references.pop(clip.id, None) or read_reference(clip, size, fps)
             clean = backbone.encode(reference.pixels[None].to(backbone.device))
-            words = spoken(reference.caption, keep_bar) if prompt == "caption" else ""
-            states, error = invert_clip(backbone, clean, words, how, check, lambda *_: progress.advance())
+            prompted = made_of(clip)["prompt"]
+            states, error = invert_clip(backbone, clean, prompted, how, check, lambda *_: progress.advance())
             errors.append(error)
-            said = about(backbone, clip.id, words, how, size, caption=reference.caption, round_trip_error=error)
+            said = made_of(clip, caption=reference.caption, round_trip_error=error)
             write_inverted(targets[clip.id], Inverted(states[-1][0], clean[0], said))
-    print(f"inverted: {len(waiting)} clips in {out}, {calls(steps, order, refinements)} network calls each")
+    print(f"inverted: {len(waiting)} clips in {out}, {calls(steps, order, how.refinements)} network calls each")
     if check:
         known = [error for error in errors if error is not None]
         print(f"error of the round trip: {sum(known) / len(known):.2%} on average, {max(known):.2%} at most")

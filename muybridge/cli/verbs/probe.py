@@ -20,7 +20,7 @@ def probe(
     boundaries: int = 10,
     steps: int = 50,
     order: Literal["euler", "midpoint"] = "euler",
-    refinements: int = 2,
+    refinements: Optional[int] = None,
     guidance: float = 1.0,
     frames: Optional[list[int]] = None,
     height: Optional[int] = None,
@@ -44,13 +44,13 @@ def probe(
         videos: A video, a folder of videos with .txt captions beside them, or a table; captions are ``a man | runs to the left``.
         out: Folder for the table, the pictures and the result.
         caption: The caption, where ``videos`` is one video.
-        subject: The new subject; that of the next clip that has another, where not given.
+        subject: The new subject; where not given, that of the nearest clip before it that has another, or else after it.
         motion: The new motion, for the swap ``motion``; likewise.
         swaps: What is tampered with. ``subject`` is the probe; ``motion`` (its words) and ``noise`` (no words) are cross-checks.
         boundaries: Equal parts of the steps.
         steps: Of inversion and sampling.
         order: ``euler``, or ``midpoint`` with two network calls a step.
-        refinements: Fixed-point iterations of each Euler step of the inversion.
+        refinements: Fixed-point iterations of each Euler step of the inversion; 2 where not given.
         guidance: Standard guidance of the sampling; the inversion has none.
         frames: Frames of a clip; several lengths are probed one after another. The family's usual number where not given.
         height: Height in pixels; likewise.
@@ -73,17 +73,20 @@ def probe(
     from muybridge.cli.progress import Progress
     from muybridge.customization import report
     from muybridge.customization.inverted import How
-    from muybridge.customization.probe import SWAPS, Settings, network_steps, probe_clip, target_caption
+    from muybridge.customization.probe import SWAPS, Settings, marks, network_steps, probe_clip, target_caption
     from muybridge.customization.references import clip_size, list_references, read_reference
-    from muybridge.customization.scores import make_alignment
-    from muybridge.diffusion.inversion import ladder
+    from muybridge.customization.scores import check_alignment, make_alignment
+    from muybridge.diffusion.inversion import check_method, ladder, usual_refinements
 
     unknown = [s for s in swaps if s not in SWAPS]
     if unknown or not swaps or len(set(swaps)) < len(swaps):
         raise UsageError(f"swaps are {list(swaps)}", f"some of {', '.join(SWAPS)}, each once")
-    settings = Settings(How(steps, order, refinements), boundaries, guidance, keep_bar, seed)
+    how = How(steps, order, usual_refinements(order) if refinements is None else refinements)
+    settings = Settings(how, boundaries, guidance, keep_bar, seed)
     described = pick_family(model)(path=model)
     ladder(described.schedule, steps)
+    check_method(described.schedule, order, how.refinements)
+    marks(steps, boundaries)
     sizes = [clip_size(described, f, height, width) for f in (frames or [None])]  # type: ignore[list-item]
     clips = list_references(videos, caption)[:limit]
     captions = [clip.caption or "" for clip in clips]
@@ -91,11 +94,17 @@ def probe(
     for swap in swaps:
         for size in sizes:
             for i, clip in enumerate(clips):
-                others = captions[i + 1 :] + captions[:i]
+                # Those before first: clips that are added later leave the words of the others as they are.
+                others = [*reversed(captions[:i]), *captions[i + 1 :]]
                 work.append((swap, size, clip, target_caption(captions[i], others, swap, subject, motion)))
+    check_alignment(
+        alignment, clip_model, [words for *_, clip, target in work for words in (clip.caption or "", target)]
+    )
     root = Path(out)
     about = {
         "model": model,
+        "videos": videos,
+        "dtype": dtype,
         "family": described.family,
         **asdict(settings),
         "alignment": alignment,
@@ -105,19 +114,25 @@ def probe(
         "subject": subject,
         "motion": motion,
     }
-    begin(root / report.SETTINGS, about, "cells")
+    begin(root / report.SETTINGS, about, "cells", usual={"videos": videos, "dtype": dtype})
 
     def file_of(swap: str, size: tuple[int, int, int], name: str) -> Path:
         return root / "cells" / f"{name.replace('/', '__')}.{size[0]}f.{swap}.csv"
 
-    left = [item for item in work if not file_of(item[0], item[1], item[2].id).is_file()]
+    left = []
+    for swap, size, clip, target in work:
+        file = file_of(swap, size, clip.id)
+        if not file.is_file():
+            left.append((swap, size, clip, target))
+        else:
+            report.refuse_other_words(file, target)
     if len(left) < len(work):
         print(f"{len(work) - len(left)} of {len(work)} grids are in {out} already")
     if left:
         read_reference(left[0][2], left[0][1], fps)
     backbone = open_model(model, dtype, device) if left else described
     scorer = make_alignment(alignment, backbone, clip_model, keep_bar) if left else None
-    total = sum(network_steps(steps, boundaries, swap) + steps for swap, *_ in left)
+    total = sum(network_steps(steps, boundaries, swap, guidance) + steps for swap, *_ in left)
     with Progress("network steps", total, every=10.0) as progress:
         for swap, size, clip, target in left:
             assert scorer is not None

@@ -1,0 +1,52 @@
+"""The numbers of docs/customization.md are those of the files that it names, and what is promised of them holds."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results"
+PAGE = (ROOT / "docs/customization.md").read_text(encoding="utf-8")
+
+
+def rows(first: str) -> list[list[str]]:
+    """The cells of the table whose header begins so, without that header."""
+    lines = PAGE[PAGE.index(first) :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def result(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def test_what_a_step_costs() -> None:
+    """A plain loss at most 1.05 times the bare pass, and the gate below a hundredth of a sampling step."""
+    found = result("customize-small.json")
+    by_way = {row["way"]: row for row in found["steps"]}
+    assert by_way["Denoising"]["time against bare"] <= 1.05
+    assert all(share < 0.01 for share in found["gate, share of a sampling step"].values())
+    table = rows("| loss | time | memory |")
+    assert [row[0] for row in table] == [way for way in by_way if way != "bare forward and backward"]
+    for way, time, memory in table:
+        measured = by_way[way]
+        assert float(time.rstrip("x")) == pytest.approx(measured["time against bare"], abs=0.006)
+        assert float(memory.rstrip("x")) == pytest.approx(measured["memory against bare"], abs=0.006)
+    for share in found["gate, share of a sampling step"].values():
+        assert f"{share:.2%}" in PAGE
+
+
+def test_published_boundaries_in_signal_to_noise() -> None:
+    with (RESULTS / "noise_levels.csv").open(newline="", encoding="utf-8") as file:
+        levels = {row["family"]: (row["timestep"], f"{float(row['logsnr']):.1f}") for row in csv.DictReader(file)}
+    said = {row[0]: row[1:] for row in rows("| family | published τ |")}
+    assert said["ModelScope"] == ["700", f"logSNR {levels['ModelScope'][1]}"]
+    assert said["Latte"] == ["700", f"logSNR {levels['Latte'][1]}"]
+    both = f"logSNR {levels['CogVideoX-2b'][1]} (2b), {levels['CogVideoX-5b'][1]} (5b)"
+    assert said["CogVideoX"] == ["950", both]
+    for name, family in (("ModelScope", "ModelScope"), ("Latte", "Latte"), ("CogVideoX-2b", "CogVideoX")):
+        assert float(levels[name][0]) == float(said[family][0])
