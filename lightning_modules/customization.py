@@ -29,6 +29,7 @@ from muybridge.diffusion.inversion import mix_noise
 from muybridge.diffusion.timesteps import TimestepSampler, Uniform
 from muybridge.errors import UsageError
 from muybridge.losses import Loss
+from muybridge.losses.frozen_attention import FrozenAttention
 from muybridge.proving_ground.captions import split_caption
 
 MANY = 64
@@ -120,6 +121,9 @@ class MotionCustomization(Finetuning):
 
     def check(self) -> None:
         super().check()
+        for loss in self.losses:
+            if isinstance(loss, FrozenAttention):
+                loss.check(self.backbone)
         if self.inverted is not None:
             self._start = read_inverted(self.inverted, self.backbone)
             size = self.sampling

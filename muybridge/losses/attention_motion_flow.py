@@ -20,7 +20,8 @@ class AttentionMotionFlow(LayerByLayer):
     """``mean |û - u|²`` where ``u`` is the displacement that attention expects from each frame to the next, in tokens (DiTFlow).
 
     Needs attention over space and time (Wan, CogVideoX, HunyuanVideo, LTX, Mochi): temporal attention that stays at one
-    place says nothing of where to.
+    place says nothing of where to. The published method descends on latents at test time, compares all pairs of frames, and
+    takes of the reference the place that is attended to most; here both are read in one way, so that the truth loses nothing.
 
     Args:
         t_min: Samples at this time or below count for nothing.
@@ -43,13 +44,18 @@ class AttentionMotionFlow(LayerByLayer):
             raise UsageError(f"AttentionMotionFlow temperature is {temperature}", "a number above 0")
         self.temperature = temperature
 
-    def forward(self, step: DenoisingStep) -> Tensor:
-        if isinstance(step.network, Backbone) and step.network.attention_kind != "unified":
+    def check(self, backbone: Backbone) -> None:
+        if backbone.attention_kind != "unified":
             raise UsageError(
-                f"AttentionMotionFlow on {step.network.family}, whose temporal attention stays at one place",
+                f"AttentionMotionFlow on {backbone.family}, whose temporal attention stays at one place",
                 "a family with attention over space and time",
                 "MotionFeatureMatching and SpaceTimeFeatures work for every family",
             )
+        super().check(backbone)
+
+    def forward(self, step: DenoisingStep) -> Tensor:
+        if isinstance(step.network, Backbone) and step.network.attention_kind != "unified":
+            self.check(step.network)
         return super().forward(step)
 
     def layer(self, predicted: AttentionRecord, true: AttentionRecord) -> Tensor:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from muybridge.backbones.adapters import disabled
 from muybridge.backbones.attention import AttentionRecord
@@ -81,6 +82,15 @@ class FrozenAttention(Loss):
             raise UsageError(f"{name} depth is {depth}", "a share above 0 and up to 1")
         self.t_min, self.jump, self.layers, self.depth = t_min, jump, layers, depth
 
+    def check(self, backbone: Backbone) -> None:
+        """Refuse what this family does not have, before any weight is read.
+
+        Args:
+            backbone: Loaded or not.
+        """
+        if self.layers is not None:
+            AttentionTap(backbone.skeleton(), pattern=self.layers)
+
     @abstractmethod
     def compare(self, predicted: list[AttentionRecord], true: list[AttentionRecord]) -> Tensor:
         """The loss of each sample, (B,), from the same layers' records of both passes."""
@@ -98,6 +108,12 @@ class FrozenAttention(Loss):
         # Ranks that share a network's weights must all run it, or those that do would wait for the others for ever.
         if not bool(counts.any()) and not is_sharded(backbone):
             return 0.0 * step.prediction.float().flatten(1).sum(1)
+        boundary = _experts_part(backbone)
+        high = t >= (0.0 if boundary is None else boundary)
+        if bool(high.any()) and not bool(high.all()):
+            # Two experts would read a part of the samples each, and layers of different samples can't be averaged.
+            order = torch.cat([high.nonzero().flatten(), (~high).nonzero().flatten()]).argsort()
+            return torch.cat([self(_rows(step, side.nonzero().flatten())) for side in (high, ~high)])[order]
         predicted, true, later = self.latents(step)
         tap = self._tap(backbone)
         with disabled(backbone):
@@ -116,8 +132,12 @@ class FrozenAttention(Loss):
 
     def latents(self, step: DenoisingStep) -> tuple[Tensor, Tensor, Tensor]:
         """The student's and the true latents at the later time, and that time."""
-        schedule = step.schedule
-        later = schedule.snap((step.t - self.jump).clamp(min=0.0))
+        schedule, boundary = step.schedule, _experts_part(step.network)
+        later = (step.t - self.jump).clamp(min=0.0)
+        if boundary is not None:
+            # The same weights read both, and ranks that share an expert's weights run the same expert.
+            later = torch.where(step.t >= boundary, later.clamp(min=boundary), later)
+        later = schedule.snap(later)
         alpha, sigma = (
             broadcast_time(c, step.clean).float() for c in schedule.coefficients(later.to(step.clean.device))
         )
@@ -134,6 +154,17 @@ class FrozenAttention(Loss):
             pattern = "|".join(dict.fromkeys(first_layers(backbone, one, self.depth) for one in own if one is not None))
         # Leaving a forward pass in its middle leaves the weights of a sharded network gathered.
         return AttentionTap(backbone, pattern=pattern, early_exit=not is_sharded(backbone))
+
+
+def _experts_part(backbone: Optional[nn.Module]) -> Optional[float]:
+    """The time at which another expert takes over, where there are two."""
+    return getattr(backbone, "expert_boundary", None)
+
+
+def _rows(step: DenoisingStep, index: Tensor) -> DenoisingStep:
+    """Some samples of a step."""
+    parts = {f.name: getattr(step, f.name) for f in fields(step) if f.name not in ("schedule", "network")}
+    return replace(step, **{name: part[index] for name, part in parts.items() if part is not None})
 
 
 class LayerByLayer(FrozenAttention):

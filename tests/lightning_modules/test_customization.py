@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from support.families import CASES
 from support.jobs import SHAPES, LatentClips, Latents, trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -17,13 +21,14 @@ from datamodules import VideoData
 from datamodules.collate import collate
 from lightning_modules import MotionCustomization, Sampling
 from muybridge.backbones import Pretrained, load
-from muybridge.backbones.adapters import LoRA, adapter_parameters, disabled, load_adapter
+from muybridge.backbones.adapters import LoRA, adapter_parameters, load_adapter
+from muybridge.backbones.gates import adapter_layers
 from muybridge.batch import Batch
 from muybridge.customization.inverted import How, Inverted, about, write_inverted
 from muybridge.customization.tau import Tau
 from muybridge.diffusion import Boundary, LogitNormal, Uniform, keyed_noise
 from muybridge.errors import UsageError
-from muybridge.losses import Denoising, FrameResidual, MotionFeatureMatching
+from muybridge.losses import AttentionMotionFlow, Denoising, FrameResidual, MotionFeatureMatching
 from muybridge.toy_clips import write_clips
 
 Tiny = Callable[[str], Path]
@@ -89,29 +94,42 @@ def test_times_are_drawn_where_the_adapter_acts(tiny_checkpoint: Tiny) -> None:
     assert everywhere.adapter.t_min is None
 
 
-@pytest.mark.parametrize("name", ["wan", "unet3d"])
-@torch.no_grad()
-def test_below_tau_every_step_is_the_base_models_bit_for_bit(name: str, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
-    with torch.enable_grad():
-        job = trained(tiny_checkpoint(name), tmp_path, name, steps=3)
-    backbone, text = job.backbone, job.backbone.encode_text(["a dog"])
-    clean = keyed_noise(backbone.latent_shape(*SHAPES[name]), 0, "x")[None]
+@pytest.mark.parametrize("name", CASES)
+def test_below_tau_every_step_of_a_sampling_is_the_base_models_bit_for_bit(
+    name: str, tiny_checkpoint: Tiny, tmp_path: Path
+) -> None:
+    """In every family: trained on one clip, sampled, and each of the network's calls held against the untouched model's."""
+    case, path = CASES[name], str(tiny_checkpoint(name))
+    tau = 900.0 if name in ("hunyuan", "mochi") else 600.0  # whose few steps are nearly all noisier
+    frames, height, width = case.clip
+    job = MotionCustomization(
+        backbone=Pretrained(path, **case.options),
+        losses=[Denoising(), MotionFeatureMatching()],
+        tau=Tau(tau),
+        captions="free",
+        optimizer=lambda p: torch.optim.AdamW(p, lr=2e-2, eps=1e-16),
+        sampling=Sampling(steps=4, guidance=3.0, frames=frames, height=height, width=width, fps=8),
+    )
+    data = OneClip(job.backbone.latent_shape(*case.clip), count=2, batch_size=1)
+    trainer(tmp_path, max_steps=2, limit_val_batches=0).fit(job, data)
+    calls: list[tuple[float, Tensor, Tensor]] = []
     # Frozen as the adapted one: torch takes another convolution for weights that could be trained.
-    untouched = load(str(tiny_checkpoint(name)), **_options(name)).requires_grad_(False)
-    for t in (599.0, 400.0, 10.0):
-        z, times = clean, torch.tensor([t])
-        found = backbone.denoise(z, times, text)
-        with disabled(backbone):
-            assert torch.equal(found, backbone.denoise(z, times, text))
-        assert torch.equal(found, untouched.denoise(z, times, text))
-    above = torch.tensor([601.0])
-    with disabled(backbone):
-        base = backbone.denoise(clean, above, text)
-    assert not torch.allclose(backbone.denoise(clean, above, text), base, atol=1e-6)
+    untouched = case.open(path).requires_grad_(False)
+    run = job.backbone._forward
 
+    def note(latents: Tensor, t: Tensor, text: Any) -> Tensor:
+        out = run(latents, t, text)
+        calls.append((float(t[0]), out, untouched._forward(latents, t, text)))
+        return out
 
-def _options(name: str) -> dict[str, Any]:
-    return {"max_text_length": 16} if name.startswith("wan") else {}
+    job.backbone._forward = note  # type: ignore[method-assign]
+    job.make_videos(Batch(ids=["a"], prompts=["a dog"]), job.sampling)
+    below = [torch.equal(ours, base) for t, ours, base in calls if t < tau]
+    above = [torch.equal(ours, base) for t, ours, base in calls if t >= tau]
+    assert below
+    assert all(below)
+    assert above
+    assert not all(above)
 
 
 def test_training_teaches_the_clip_above_tau_and_nothing_below(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
@@ -127,7 +145,7 @@ def test_training_teaches_the_clip_above_tau_and_nothing_below(tiny_checkpoint: 
     assert all(".attn1.to_v." in n or ".attn1.to_out.0." in n for n in trained_names)
 
 
-@pytest.mark.parametrize("projections", [["v", "o"], ["q", "k"], ["q", "k", "v", "o"]])
+@pytest.mark.parametrize("projections", [["v", "o"], ["q", "k"], ["q", "k", "v"], ["q", "k", "v", "o"]])
 def test_projections_are_a_choice(projections: list[Any], tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     job = trained(tiny_checkpoint("wan"), tmp_path, steps=1, adapter=LoRA(projections=projections))
     letters = {n.split(".")[-4].removeprefix("to_") for n in adapter_parameters(job.backbone)}
@@ -136,10 +154,22 @@ def test_projections_are_a_choice(projections: list[Any], tiny_checkpoint: Tiny,
     assert {p.shape[0] for n, p in adapter_parameters(job.backbone).items() if "lora_A" in n} == {4}
 
 
-def test_the_range_travels_in_the_file(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+def test_the_published_rank_and_the_range_travel_in_the_file(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     job = trained(tiny_checkpoint("wan"), tmp_path / "run", steps=3)
+    # Where nothing is said, rank and alpha are 4, so the scale is 1, on value and output.
+    layers = adapter_layers(job.backbone.network)
+    assert {n.rpartition(".to_")[2] for n in layers} == {"v", "out.0"}
+    for layer in layers.values():
+        assert (layer.r["muybridge"], layer.lora_alpha["muybridge"], layer.scaling["muybridge"]) == (4, 4.0, 1.0)
     files = job.export(str(tmp_path / "adapter"))
     assert [Path(f).name for f in files] == ["adapter.safetensors", "adapter_comfyui.safetensors"]
+    with safe_open(files[0], "pt") as file:
+        said = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert (said["transformer.r"], said["transformer.lora_alpha"]) == (4, 4.0)
+    assert not said["transformer.rank_pattern"]
+    assert not said["transformer.alpha_pattern"]
+    comfy = load_file(files[1])
+    assert {float(v) for k, v in comfy.items() if k.endswith(".alpha")} == {4.0}
     backbone = load(str(tiny_checkpoint("wan")), max_text_length=16)
     adapter = load_adapter(backbone, files[0])
     assert (adapter.t_min, adapter.t_max) == (600.0, 1000.0)
@@ -270,11 +300,23 @@ def test_settings_that_cannot_work_are_refused(settings: dict, said: str, tiny_c
         ({"timesteps": Uniform(low=Boundary(100.0))}, "inside the adapter's range"),
         ({"adapter": LoRA(targets=r"temporal\.to_v")}, "hits no linear layer"),
         ({"inverted": "nowhere.safetensors", "beta": 0.5}, "no inverted noise"),
+        (
+            {"losses": [MotionFeatureMatching(layers=r"blocks\.\d+\.temporal")]},
+            r"hits no module(.|\n)*blocks\.0\.attn1",
+        ),
+        ({"losses": [MotionFeatureMatching(layers="(")]}, "no regular expression"),
     ],
 )
 def test_a_check_refuses_the_rest_before_weights_load(settings: dict, said: str, tiny_checkpoint: Tiny) -> None:
     job = customization(tiny_checkpoint("wan"), **settings)
     with pytest.raises(UsageError, match=said):
+        job.check()
+    assert not job.backbone.networks
+
+
+def test_a_loss_that_the_family_cannot_have_is_refused_before_weights_load(tiny_checkpoint: Tiny) -> None:
+    job = customization(tiny_checkpoint("latte"), "latte", losses=[AttentionMotionFlow()])
+    with pytest.raises(UsageError, match="stays at one place"):
         job.check()
     assert not job.backbone.networks
 
