@@ -1,6 +1,6 @@
 """How well the proving ground's trained pipeline shows what it is asked for, against real clips with the same captions.
 
-    python benchmarks/teacher.py [--model DIR] [--prompts 504] [--steps 50] [--guidance 4.0] [--curve RUN ...] [--card DIR]
+    python benchmarks/teacher.py [--model DIR] [--prompts 504] [--steps 50] [--guidance 3.0] [--curve RUN ...] [--card DIR]
 
 Captions are those of held-out clips: their pairs of shape and colour were never trained on, and motions take turns. Three rows:
 real clips as drawn; the same after the pipeline's own autoencoder, which is what its denoiser could reach at best; and samples,
@@ -91,8 +91,8 @@ pipeline_tag: text-to-video
 
 # The proving ground's teacher
 
-A `WanPipeline` of {parameters}, trained from nothing on clips of muybridge's proving ground: {size} pixels, {frames} frames;
-{motions}; {looks}. It knows no other words than theirs. `muybridge.backbones.load("proving-ground")` loads it; in diffusers,
+A `WanPipeline` of {parameters}, trained from nothing on clips of muybridge's proving ground: {size} pixels, {frames} frames, {pace:g} of
+the usual pace; {motions}; {looks}. It knows no other words than theirs. `muybridge.backbones.load("proving-ground")` loads it; in diffusers,
 `pipeline(..., height={size}, width={size}, num_frames={less}, max_sequence_length=16)` makes {frames} frames.
 
 It is for experiments about motion whose answer is known: distillation, customization and attribution in minutes on a laptop.
@@ -142,6 +142,7 @@ def card(folder: Path, found: dict[str, Any], table: str, trained: str, points: 
             parameters=", ".join(f"{count(part) / 1e6:.2f} M ({name})" for part, name in sizes.items()),
             size=world.size,
             frames=world.frames,
+            pace=world.pace,
             less=world.frames - 1,
             motions=", ".join(world.motions),
             looks=f"{looks}, before {', '.join(world.backgrounds)}",
@@ -163,7 +164,7 @@ def main() -> None:
     parser.add_argument("--model", default="proving-ground")
     parser.add_argument("--prompts", type=int, default=504)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=SEED, help="of captions and noise: guidance was chosen with others")
     parser.add_argument("--out", type=Path, default=RESULTS / "teacher.json")
     parser.add_argument("--sheet", type=Path, help="write a picture of some samples too")

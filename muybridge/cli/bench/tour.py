@@ -107,7 +107,7 @@ class Customization:
             f"--height={s.world.size}",
             f"--width={s.world.size}",
             "--steps=20",
-            "--guidance=4.0",
+            "--guidance=3.0",
             "--keep_bar=true",
             f"--seed={s.seed}",
         ]
