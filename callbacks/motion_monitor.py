@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -71,7 +72,7 @@ class MotionMonitor(pl.Callback):
         self.low_in_a_row = 0
         self._last = -1
         self._root = Path()
-        self._teacher_clips: list[Any] = []
+        self._sheet: Optional[Tensor] = None
 
     # -- setting up ------------------------------------------------------------------------------------------------
 
@@ -171,9 +172,12 @@ class MotionMonitor(pl.Callback):
         if self.videos or name == "teacher":
             for index, clip in enumerate(clips):
                 write_video(self._root / name / f"{index:02d}.mp4", clip, module.sampling.fps)
+        sheet = contact_sheet(clips)
         if name == "teacher":
-            self._teacher_clips = clips
-        sheet = contact_sheet(clips if name == "teacher" else [*self._teacher_clips, *clips])
+            self._sheet = torch.from_numpy(sheet)
+        elif self._sheet is not None:
+            # Kept as a picture, so that a resumed run still has the teacher's rows above the student's.
+            sheet = np.concatenate([self._sheet.numpy(), sheet])
         write_image(self._root / f"{name}.png", sheet)
         for logger in trainer.loggers:
             if isinstance(logger, pl.loggers.TensorBoardLogger):
@@ -182,10 +186,11 @@ class MotionMonitor(pl.Callback):
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What was measured of the teacher, and how long motion has been low."""
-        return {"teacher": dict(self.teacher), "low_in_a_row": self.low_in_a_row, "last": self._last}
+        """What was measured of the teacher and its rows of the sheet, and how long motion has been low."""
+        known = {"teacher": dict(self.teacher), "low_in_a_row": self.low_in_a_row, "last": self._last}
+        return known if self._sheet is None else {**known, "sheet": self._sheet}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """What was measured before."""
         self.teacher, self.low_in_a_row = dict(state_dict["teacher"]), state_dict["low_in_a_row"]
-        self._last = state_dict["last"]
+        self._last, self._sheet = state_dict["last"], state_dict.get("sheet")

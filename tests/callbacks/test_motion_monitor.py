@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.distilling import distillation, prompts
 from support.jobs import finetuning, trainer
 from torch import Tensor
@@ -44,8 +47,11 @@ def run(tiny_checkpoint: Tiny, tmp_path: Path) -> Callable[..., tuple[Any, Motio
         left = iter(speeds)
         job.reference_videos = lambda batch, steps, on_step=None: moving(3.0)  # type: ignore[method-assign]
         job.make_videos = lambda batch, sampling, on_step=None, backbone=None: moving(next(left))  # type: ignore[method-assign]
+        state, logger = options.pop("state", None), options.pop("trainer_logger", False)
         monitor = MotionMonitor(["a square"], **{"every": 1, **options})
-        lightning = trainer(tmp_path, max_steps=iterations, callbacks=[monitor])
+        if state is not None:
+            monitor.load_state_dict(state)
+        lightning = trainer(tmp_path, max_steps=iterations, callbacks=[monitor], logger=logger, log_every_n_steps=1)
         lightning.fit(job, datamodule=prompts())
         with open(tmp_path / "motion/motion.csv", encoding="utf-8") as file:
             return lightning, monitor, list(csv.DictReader(file))
@@ -78,12 +84,30 @@ def test_a_collapse_is_warned_of_and_ends_the_run_where_asked(run: Any):
     assert monitor.low_in_a_row == 2
 
 
-def test_a_resumed_run_knows_what_the_teacher_did(run: Any):
+def test_a_resumed_run_knows_what_the_teacher_did(run: Any, tmp_path: Path):
+    """What it measured, and its rows above the student's, in TensorBoard too."""
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     _, monitor, _ = run([3.0], iterations=1)
-    again = MotionMonitor(["a square"])
-    again.load_state_dict(monitor.state_dict())
+    (tmp_path / "motion/teacher.png").rename(tmp_path / "teacher.png")
+    shutil.rmtree(tmp_path / "motion")
+    torch.save(monitor.state_dict(), tmp_path / "state")
+    state = torch.load(tmp_path / "state", weights_only=True)
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    _, again, rows = run(
+        [1.0, 1.0], iterations=2, state=state, trainer_logger=logger, every=2, dirpath=tmp_path / "motion"
+    )
     assert again.teacher == monitor.teacher
-    again.on_train_start(None, None)  # type: ignore[arg-type]
+    assert [row["update"] for row in rows] == ["2"]
+    assert not (tmp_path / "motion/teacher.png").exists(), "it is not sampled anew"
+    above, sheet = (np.asarray(Image.open(tmp_path / name)) for name in ("teacher.png", "motion/update-0000002.png"))
+    assert sheet.shape == (2 * above.shape[0], *above.shape[1:])
+    assert np.array_equal(sheet[: len(above)], above)
+    assert not np.array_equal(sheet[len(above) :], above)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Images("motion")] == [2]
+    assert events.Scalars("motion/amount_ratio")[-1].value == pytest.approx(float(rows[0]["amount_ratio"]))
 
 
 def test_the_teachers_videos_are_the_teachers(tiny_checkpoint: Tiny, tmp_path: Path):

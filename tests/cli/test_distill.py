@@ -116,12 +116,22 @@ def test_prompts_alone_and_their_cached_embeddings_are_enough(
         (["--model.clips.frames=1"], "two latent frames"),
         (["--data.texts=null", "--data.prompts=blank.txt"], "blank.txt holds blank lines: 2"),
         (["--trainer.gradient_clip_val=1.0"], "gradient_clip_val"),
+        (
+            ["--model.student=Pretrained", "--model.student.path={cogvideox}"],
+            "the student is CogVideoX and the teacher Wan",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_weights_load(
-    more: list[str], words: str, command: Command, options: list[str], loads: list[Backbone]
+    more: list[str],
+    words: str,
+    command: Command,
+    options: list[str],
+    loads: list[Backbone],
+    tiny_checkpoint: Callable[[str], Path],
 ):
     Path("blank.txt").write_text("a dog\n\nrain\n")
+    more = [word.replace("{cogvideox}", str(tiny_checkpoint("cogvideox"))) for word in more]
     result = command("fit", *options, *more)
     assert result.code == 2
     assert words in result.message

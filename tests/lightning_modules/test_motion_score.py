@@ -18,6 +18,7 @@ from muybridge.batch import Batch
 from muybridge.diffusion import keyed_generator, keyed_noise
 from muybridge.diffusion.differences import Differences
 from muybridge.diffusion.likelihood import log_likelihood
+from muybridge.diffusion.ode import ode_path, ode_times
 from muybridge.errors import UsageError
 from muybridge.losses import Denoising
 from muybridge.metrics import MotionLikelihood, motion_likelihood
@@ -184,6 +185,29 @@ def test_clips_go_on_from_given_frames_and_do_not_depend_on_their_batch(
     assert clip.shape == (2, 16, 7, 2, 2)
     assert torch.equal(clip[:, :, :1], batch.latents[:, :, :1])  # type: ignore[index]
     assert torch.allclose(second, clip[1:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("context", "window"), [(1, 6), (2, 2)])
+def test_a_clip_goes_on_by_what_the_ode_says_of_the_frames_made_last(context: int, window: int, wan: Path) -> None:
+    """Window by window, each from its own noise and the last frames; differences are summed up in the frames' own unit."""
+    m = Differences(context, scale=2.0)
+    count = 8 - context if window == 2 else 7 - context
+    module = opened(wan, clip=(4 * (context + count) - 3, 16, 16), differences=m, window=window)
+    batch = batch_of((16, context + count, 2, 2), count=1)
+    text = module.text(batch, module.backbone)
+    schedule = module.backbone.schedule
+    with torch.no_grad():
+        clip = module._continued(batch, module.sampling, text, None)
+        made = batch.latents[:, :, :context]  # type: ignore[index]
+        for number in range(count // window):
+            noise = keyed_noise((16, window, 2, 2), module.sampling.seed, "window", number, "clip-0")[None]
+            denoise = MotionModel(module.backbone, m).denoiser(text, made[:, :, -context:])
+            # Noise of differences: that of each frame less that of the one before; the given frame has none.
+            u = 2.0 * torch.cat([noise[:, :, :1], noise.diff(dim=2)], 2)
+            *_, (_, said) = ode_path(denoise, u, schedule, ode_times(schedule, 3))
+            made = torch.cat([made, m.restore(said, made[:, :, -1:])], 2)
+    assert made.shape == clip.shape
+    assert torch.allclose(clip, made, rtol=0, atol=1e-5)
 
 
 def test_prompts_become_clips_through_the_appearance_models_first_frames(wan: Path) -> None:
