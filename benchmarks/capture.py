@@ -5,7 +5,8 @@
     python benchmarks/capture.py --wan               Wan 1.3B's configuration with random weights at 81x480x832, on a GPU
 
 Times are CPU seconds of this process (wall-clock on a GPU), the least of several rounds in which all take turns, since machines
-are shared. TRAK and dattri are measured where they are installed, with the settings under which they run on this toy.
+are shared. TRAK, dattri and bergson are measured where they are installed, with the settings under which they run on this toy;
+their imports don't count.
 """
 
 from __future__ import annotations
@@ -58,6 +59,16 @@ class Toy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.blocks(self.inp(x)))
+
+    @property
+    def device(self) -> torch.device:
+        """What bergson asks of a model."""
+        return self.inp.weight.device
+
+    @property
+    def base_model(self) -> nn.Module:
+        """Likewise."""
+        return self
 
 
 class Case:
@@ -149,26 +160,33 @@ def measure(case: Case, rounds: int, dims: tuple[int, ...]) -> list[tuple[str, f
 
 
 def peers(case: Case, base: float) -> list[tuple[str, float, float, str]]:
-    """TRAK and dattri at 512 numbers a clip, where they are installed."""
+    """TRAK, dattri and bergson, where they are installed."""
     rows = []
     count = len(case.x)
-    for name, run in (("trak", _trak), ("dattri", _dattri)):
+    known: tuple[tuple[str, str, Callable[[Case], Callable[[], object]]], ...] = (
+        ("trak", "512", _trak),
+        ("dattri", "512", _dattri),
+        ("bergson", "512 of all linear layers", lambda case: _bergson(case, 512, "global")),
+        ("bergson", "16x16 of each linear layer", lambda case: _bergson(case, 16, "per_module")),
+    )
+    for name, said, made in known:
         if importlib.util.find_spec(name) is None:
             rows.append((f"{name}: not installed", float("nan"), float("nan"), ""))
             continue
-        start = time.process_time()
         try:
-            run(case)
+            run = made(case)
         except ImportError as error:
             rows.append((f"{name}: {error}", float("nan"), float("nan"), ""))
             continue
+        start = time.process_time()
+        run()
         spent = time.process_time() - start
-        rows.append((f"{name}, 512", 1e3 * spent / count, spent / base, ""))
+        rows.append((f"{name}, {said}", 1e3 * spent / count, spent / base, ""))
         print(rows[-1], flush=True)
     return rows
 
 
-def _trak(case: Case) -> None:
+def _trak(case: Case) -> Callable[[], object]:
     from trak import TRAKer
     from trak.modelout_functions import AbstractModelOutput
     from trak.projectors import BasicProjector, ProjectionType
@@ -186,27 +204,30 @@ def _trak(case: Case) -> None:
         def get_out_to_loss_grad(model: nn.Module, weights: object, buffers: object, batch: list[Tensor]) -> Tensor:
             return torch.ones(len(batch[0]), 1)
 
-    size = sum(p.numel() for p in case.net.parameters())
-    projector = BasicProjector(size, 512, 0, ProjectionType.rademacher, torch.device("cpu"), 128, torch.float32)
-    with tempfile.TemporaryDirectory() as folder:
-        traker = TRAKer(
-            model=case.net,
-            task=Squared(),
-            train_set_size=len(case.x),
-            save_dir=folder,
-            device="cpu",
-            projector=projector,
-            proj_dim=512,
-            use_half_precision=False,
-            load_from_save_dir=False,
-        )
-        traker.load_checkpoint(case.net.state_dict(), model_id=0)
-        for first in case.batches(64):
-            x, y = case.x[first : first + 64], case.y[first : first + 64]
-            traker.featurize(batch=[x, y], num_samples=len(x))
+    def work() -> None:
+        size = sum(p.numel() for p in case.net.parameters())
+        projector = BasicProjector(size, 512, 0, ProjectionType.rademacher, torch.device("cpu"), 128, torch.float32)
+        with tempfile.TemporaryDirectory() as folder:
+            traker = TRAKer(
+                model=case.net,
+                task=Squared(),
+                train_set_size=len(case.x),
+                save_dir=folder,
+                device="cpu",
+                projector=projector,
+                proj_dim=512,
+                use_half_precision=False,
+                load_from_save_dir=False,
+            )
+            traker.load_checkpoint(case.net.state_dict(), model_id=0)
+            for first in case.batches(64):
+                x, y = case.x[first : first + 64], case.y[first : first + 64]
+                traker.featurize(batch=[x, y], num_samples=len(x))
+
+    return work
 
 
-def _dattri(case: Case) -> None:
+def _dattri(case: Case) -> Callable[[], object]:
     from dattri.algorithm.tracin import TracInAttributor
     from dattri.task import AttributionTask
     from torch.utils.data import DataLoader, TensorDataset
@@ -215,15 +236,56 @@ def _dattri(case: Case) -> None:
         x, y = data
         return (torch.func.functional_call(case.net, parameters, (x.unsqueeze(0),)) - y.unsqueeze(0)).square().mean()
 
-    clips = DataLoader(TensorDataset(case.x, case.y), batch_size=64)
-    queries = DataLoader(TensorDataset(case.x[:1], case.y[:1]), batch_size=1)
-    task = AttributionTask(loss_func=loss, model=case.net, checkpoints=case.net.state_dict())
-    options = {"proj_dim": 512, "proj_max_batch_size": 32, "proj_seed": 0, "device": "cpu", "proj_type": "rademacher"}
-    attributor = TracInAttributor(
-        task=task, weight_list=torch.ones(1), normalized_grad=True, device="cpu", projector_kwargs=options
-    )
-    with torch.no_grad():
-        attributor.attribute(clips, queries)
+    def work() -> None:
+        clips = DataLoader(TensorDataset(case.x, case.y), batch_size=64)
+        queries = DataLoader(TensorDataset(case.x[:1], case.y[:1]), batch_size=1)
+        task = AttributionTask(loss_func=loss, model=case.net, checkpoints=case.net.state_dict())
+        options = {
+            "proj_dim": 512,
+            "proj_max_batch_size": 32,
+            "proj_seed": 0,
+            "device": "cpu",
+            "proj_type": "rademacher",
+        }
+        attributor = TracInAttributor(
+            task=task, weight_list=torch.ones(1), normalized_grad=True, device="cpu", projector_kwargs=options
+        )
+        with torch.no_grad():
+            attributor.attribute(clips, queries)
+
+    return work
+
+
+def _bergson(case: Case, dim: int, target: str) -> Callable[[], object]:
+    """Its collector, driven by hand: its own loop and its command know language models alone. It covers linear layers."""
+    from bergson import GradientProcessor, IndexConfig, InMemoryCollector
+    from datasets import Dataset
+
+    count, tokens, _ = case.x.shape
+
+    def work() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            rows = Dataset.from_dict({"input_ids": [[0] * tokens] * count, "length": [tokens] * count})
+            processor = GradientProcessor(projection_dim=dim, projection_target=target, include_bias=True)
+            config = IndexConfig(run_path=f"{folder}/index", include_bias=True)
+            # Weights are frozen, as it does itself, so that autograd leaves their gradients out; it wants one that is not.
+            case.net.requires_grad_(False)
+            case.net.inp.requires_grad_(True)
+            try:
+                collector = InMemoryCollector(model=case.net, cfg=config, processor=processor, data=rows)
+                for first in case.batches(case.batch):
+                    which = list(range(first, min(first + case.batch, count)))
+                    with collector:
+                        out = case.net(case.x[which].clone().requires_grad_())
+                        losses = (out - case.y[which]).square().flatten(1).mean(1)
+                        losses.sum().backward()
+                        case.net.zero_grad(set_to_none=True)
+                    collector.process_batch(which, losses=losses)
+                collector.teardown()
+            finally:
+                case.net.requires_grad_(True)
+
+    return work
 
 
 def wan() -> list[tuple[str, float, float, str]]:

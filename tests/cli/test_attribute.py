@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+import yaml
 
-from muybridge.attribution.store import InfluenceStore
+from muybridge.attribution.influence import influence
+from muybridge.attribution.selecting import select
+from muybridge.attribution.store import InfluenceStore, StoreWriter
 from muybridge.data.cache import Cache
 from muybridge.data.selection import read_selection
 from muybridge.toy_clips import write_clips
@@ -106,6 +110,62 @@ def test_from_clips_to_a_selection(config: str, command: Command, tmp_path: Path
         assert len(pq.read_table(tmp_path / "c.parquet")) == 2
 
 
+@pytest.fixture
+def store(tmp_path: Path) -> InfluenceStore:
+    """Thirty clips and four queries, of vectors by chance."""
+    generator = torch.Generator().manual_seed(0)
+    manifest = {"projection": {"dim": 8}}
+    for folder, parts in (("store", ("train", "query")), ("other", ("query",))):
+        with StoreWriter(tmp_path / folder, manifest) as writer:
+            for part in parts:
+                for i in range(30 if part == "train" else 4):
+                    vector = torch.randn(8, generator=generator) * (1 + i)
+                    writer.add(f"{folder}-{part}-{i:02d}", part, 0, 500.0, vector)  # type: ignore[arg-type]
+    return InfluenceStore(tmp_path / "store")
+
+
+def test_every_way_to_select_is_that_of_its_name(store: InfluenceStore, command: Command, tmp_path: Path) -> None:
+    cosine, other = influence(store), influence(store, InfluenceStore(tmp_path / "other"))
+    wanted = {
+        "": select(cosine, 9),
+        "--by=mean": select(cosine, 9, how="mean"),
+        "--by=random --seed=3": select(cosine, 9, how="random", seed=3),
+        "--percentile=50": select(cosine, 9, percentile=50.0),
+        "--query=store-query-02": select(cosine, 9, query="store-query-02"),
+        "--score=dot": select(influence(store, kind="dot"), 9),
+        "--centre=true": select(influence(store, centre=True), 9),
+        "--score=kernel --damping=0.01": select(influence(store, kind="kernel", damping=0.01), 9),
+        "--queries=other": select(other, 9),
+        "--drop_harmful=true": select(cosine, 9, drop=True),
+    }
+    assert len({tuple(names) for names in wanted.values()}) == len(wanted), "they differ, or nothing is told"
+    for options, names in wanted.items():
+        done = command("select", "--store=store", "--report=", "--top=9", *shlex.split(options))
+        assert done.code == 0, done.err
+        assert list(read_selection(tmp_path / "selection.parquet").ids) == names, options
+    assert command("select", "--store=store", "--report=").code == 0
+    assert len(read_selection(tmp_path / "selection.parquet").ids) == 3, "a tenth, where nothing else is said"
+
+
+@pytest.mark.parametrize("model", ["wan-1.3b", "cogvideox-2b", "latte-1", "modelscope"])
+def test_training_on_a_selection_follows_the_published_recipe(model: str, command: Command) -> None:
+    files = ["-c", f"finetune/{model}.yaml", "-c", "finetune/selection.yaml"]
+    done = command("fit", *files, "--data.videos=clips", "--print_config")
+    assert done.code == 0, done.err
+    config = yaml.safe_load(done.out)
+    model_, data = config["model"]["init_args"], config["data"]["init_args"]
+    assert model_["optimizer"]["class_path"] == "torch.optim.AdamW"
+    assert model_["optimizer"]["init_args"]["lr"] == 1e-5
+    assert model_["learning_rate"]["shape"] == "constant"
+    assert model_["adapter"] is None, "all weights of the network"
+    assert (config["trainer"]["max_epochs"], config["trainer"]["max_steps"]) == (1, -1)
+    assert (data["selection"], data["repeats"]) == ("selection.parquet", 50)
+    if model == "wan-1.3b":
+        sampling = model_["sampling"]
+        assert [sampling[k] for k in ("frames", "height", "width", "fps")] == [81, 480, 832, 16]
+        assert [data[k] for k in ("frames", "height", "width", "fps")] == [81, 480, 832, 16]
+
+
 def test_what_can_be_wrong_is_said(config: str, command: Command, tmp_path: Path) -> None:
     assert "is no influence store" in command("select", "--store=nowhere").message
     assert (
@@ -113,6 +173,9 @@ def test_what_can_be_wrong_is_said(config: str, command: Command, tmp_path: Path
         in command("attribute", "-c", config, "--data.motion_weights=true").message
     )
     assert "ends in .parquet" in command("select", "--store=nowhere", "--out=x.txt").message
+    check = ["attribution-check", "-c", config, "--trainer.callbacks.loss=MotionWeightedDenoising"]
+    check += ["--trainer.callbacks.loss.weights=ones", "--clips=5", "--memory_gib=0.0001"]
+    assert re.search(r"full gradients of 5 clips take .* GiB.*\n.*\n.*fewer --clips", command(*check).message)
 
 
 def test_the_commands_of_the_page_run(command: Command, tmp_path: Path) -> None:
