@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,11 @@ import yaml
 from muybridge.backbones import load
 from muybridge.backbones.adapters import load_adapter
 from muybridge.backbones.base import Backbone
-from muybridge.cli import main
+from muybridge.cli import configs_dir, main
+from muybridge.cli.verbs.customize import EPSILON, RECIPES
+from muybridge.customization.report import read_cells, write_cells
+from muybridge.customization.tau import KNOWN
+from muybridge.registry import LOSSES
 from muybridge.toy_clips import write_clips
 from muybridge.video import frame_count
 
@@ -32,7 +37,8 @@ def test_from_a_clip_to_videos_of_a_new_subject(
     command = ["customize", f"--model={tiny_checkpoint('unet3d')}", f"--reference={clip}", f"--out={out}", *SMALL]
     command += ["--caption=a disc | moves right", "--prompt=a robot | moves right", "--updates=3", "--beta=0.3"]
     assert main(command) == 0
-    said = capsys.readouterr().out
+    said, progress = capsys.readouterr()
+    assert "sampling steps" in progress
     assert "the adapter acts from time 700 on" in said, "the family's published boundary"
     videos = sorted(p.name for p in (out / "videos").glob("*.mp4"))
     assert videos == [
@@ -67,6 +73,11 @@ def test_from_a_clip_to_videos_of_a_new_subject(
         (["--tau=999.5"], "below 999"),
         (["--frames=16"], "can't be used"),
         (["--updates=0"], "1 or more"),
+        (["--steps=0"], "1 or more"),
+        (["--steps=1", "--beta=0.5"], "at least 2"),
+        (["--beta=1.5"], "from 0 (fresh noise)"),
+        (["--rank=0"], "rank is 0"),
+        (["--projections=[]"], "some of q, k, v, o"),
         (["--from_probe=nowhere"], "no result of a probe"),
         (["--device=cuda:7"], "can't be used"),
         (["--reference=nowhere.mp4"], "nowhere.mp4"),
@@ -92,18 +103,55 @@ def test_what_cannot_work_is_refused_before_any_weight_is_read(
 def test_where_nothing_is_published_the_reference_is_probed(
     clip: Path, tiny_checkpoint: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A network of random weights parts nothing, and the command says so rather than guess."""
+    """A network of random weights parts nothing, and the command says so rather than guess; a boundary that is found is taken."""
     out = tmp_path / "out"
     command = ["customize", f"--model={tiny_checkpoint('wan')}", f"--reference={clip}", f"--out={out}"]
     command += ["--frames=5", "--height=16", "--width=16", "--steps=4", "--updates=1"]
     command += ["--caption=a disc | moves right", "--prompt=a robot | moves right", "--compare=false"]
-    code = main(command)
+    cells = out / "probe/cells/clip-000.5f.subject.csv"
+    assert main(command) == 2
     caught = capsys.readouterr()
     assert "a probe of the reference" in caught.out
-    assert (out / "probe/probe.json").is_file()
-    if code:
-        assert code == 2
-        assert "found no boundary" in caught.err
-        assert not (out / "adapter").exists()
-    else:
-        assert (out / "adapter/adapter.safetensors").is_file()
+    assert "found no boundary" in caught.err
+    assert not (out / "adapter").exists()
+    # What it would have measured of a model whose first half of steps settles the motion and whose second half the look.
+    made = read_cells(cells)
+    assert {cell.target for cell in made} == {"a robot | moves right"}
+    parted = [
+        replace(
+            cell,
+            alignment=float(len({2, 3} & set(range(cell.start, cell.end)))),
+            similarity=1.0 - 0.4 * len({0, 1} & set(range(cell.start, cell.end))),
+        )
+        for cell in made
+    ]
+    write_cells(cells, parted)
+    assert main(command) == 0
+    tau = next(cell.t_start for cell in made if cell.start == 2)
+    assert f"the adapter acts from time {tau:g} on" in capsys.readouterr().out
+    adapter = load_adapter(load(str(tiny_checkpoint("wan"))), out / "adapter/adapter.safetensors")
+    assert adapter.t_min == pytest.approx(tau)
+    assert len(list((out / "videos").glob("*.mp4"))) == 2
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_is_losses_that_there_are(recipe: str) -> None:
+    assert set(RECIPES[recipe]) <= set(LOSSES)
+
+
+def test_shipped_configs_have_the_published_numbers() -> None:
+    """Rank 4 on value and output, from the family's published boundary on, or from a probe's where there is none."""
+    shipped = {file.stem: yaml.safe_load(file.read_text()) for file in (configs_dir() / "customize").glob("*.yaml")}
+    matching = shipped.pop("matching")["model"]["init_args"]
+    assert matching["losses"][0]["class_path"] == "MotionFeatureMatching"
+    assert matching["optimizer"]["init_args"]["eps"] == EPSILON["matching"]["eps"]
+    found = {}
+    for name, config in shipped.items():
+        settings = config["model"]["init_args"]
+        assert settings["adapter"] == {"rank": 4, "projections": ["v", "o"]}
+        found[name] = settings["tau"]
+    known = {name: {"value": KNOWN[family].tau} for name, family in PUBLISHED.items()}
+    assert found == {**known, "wan-1.3b": {"from_probe": "runs/probe/wan-1.3b"}}
+
+
+PUBLISHED = {"modelscope": "UNet3D", "latte-1": "Latte", "cogvideox-2b": "CogVideoX"}

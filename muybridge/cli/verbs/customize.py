@@ -93,9 +93,11 @@ def customize(
     from pathlib import Path
 
     from muybridge.backbones import pick_family
+    from muybridge.backbones.adapters import LoRA, check_lora
     from muybridge.cli.devices import pick_device
     from muybridge.customization.references import clip_size, list_references, read_reference
     from muybridge.customization.tau import KNOWN, Tau
+    from muybridge.diffusion.inversion import check_beta, ladder
     from muybridge.proving_ground.captions import split_caption
 
     started = time.monotonic()
@@ -103,10 +105,12 @@ def customize(
     def say(what: str) -> None:
         print(f"[{time.monotonic() - started:5.0f} s] {what}", flush=True)
 
-    if updates < 1 or samples < 1 or not learning_rate > 0:
+    if min(updates, samples, steps) < 1 or not learning_rate > 0:
         raise UsageError(
-            f"{updates} updates, {samples} samples, learning rate {learning_rate}", "1 or more, and a rate above 0"
+            f"{updates} updates, {samples} samples, {steps} steps, learning rate {learning_rate}",
+            "1 or more, and a rate above 0",
         )
+    check_beta(beta)
     wanted = [prompt, *_more(prompts)]
     subject = split_caption(caption)[0]
     same = [p for p in wanted if split_caption(p) == split_caption(caption)]
@@ -119,6 +123,9 @@ def customize(
     where = pick_device(device)
     kind = dtype if dtype != "auto" else "bfloat16" if where.type == "cuda" else "float32"
     described = pick_family(model)(path=model)
+    check_lora(described, LoRA(rank=rank, projections=list(projections)))
+    if beta > 0.0:
+        ladder(described.schedule, steps)
     size = clip_size(described, frames, height, width)
     clip = list_references(reference, caption)[0]
     shown = read_reference(clip, size, fps)
