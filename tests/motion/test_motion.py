@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pytest
@@ -70,17 +72,26 @@ def test_what_leaves_the_picture_is_not_seen():
     assert found.visibility[1:, :, 12:-12].mean() > 0.95
 
 
-@pytest.mark.parametrize("motion", ["slide", "float", "free fall"])
-def test_clips_of_the_proving_ground(motion: str):
-    world = World(SIDE, 9, motions=(motion,))
+@pytest.mark.parametrize(
+    ("motion", "side", "count"),
+    [
+        *(("slide", SIDE, 9), ("float", SIDE, 9), ("free fall", SIDE, 9)),
+        # Rotation, slow enough to be followed from frame to frame, and zoom, in pixels enough to be seen.
+        *(("spin", SIDE, 33), ("stretch", 256, 9), ("explode", 256, 9)),
+    ],
+)
+def test_clips_of_the_proving_ground(motion: str, side: int, count: int):
+    world = World(side, count, motions=(motion,))
     frames, known = render_with_truth(draw_scene(world, 0, 1))
-    moving = torch.from_numpy(known.mask[1:]) & torch.from_numpy(known.visible)
-    speed = float(torch.from_numpy(known.flow).norm(dim=-1)[torch.from_numpy(known.mask[:-1])].mean())
+    frames = frames[:9]
+    mask, visible, flow = (torch.from_numpy(x[:n]) for x, n in ((known.mask, 9), (known.visible, 8), (known.flow, 8)))
+    moving = mask[1:] & visible
+    speed = float(flow.norm(dim=-1)[mask[:-1]].mean())
     assert speed > 0.5
     found = DIS()(frames)
     # It smooths a thing of ten pixels, and so sees it slower and larger than it is.
     assert 0.5 * speed < float(magnitude(found)[1:][moving].mean()) < 1.2 * speed
-    weights = motion_weights(found, (9, SIDE, SIDE))[0, 1:]
+    weights = motion_weights(found, (9, side, side))[0, 1:]
     assert float(weights[moving].mean()) > 2 * float(weights[~moving].mean())
 
 
@@ -126,6 +137,13 @@ def test_weights_are_min_max_over_the_clip_and_averaged_over_the_frames_of_a_lat
     torch.testing.assert_close(motion_weights(known(lengths), (9, 16, 16))[0], 1e-6 + lengths / 8)
     alike = motion_weights(known(torch.full((5, 8, 8), 3.0)), (2, 4, 4), MotionWeights(zeta=0.0))
     torch.testing.assert_close(alike, torch.ones(1, 2, 4, 4))
+    # What is hidden counts as still, where that is asked.
+    shown = torch.ones(9, 16, 16)
+    shown[:, :, 8:] = 0.0
+    how = MotionWeights(zeta=0.0, only_visible=True)
+    hidden = motion_weights(replace(known(lengths), visibility=shown), (3, 16, 16), how)
+    torch.testing.assert_close(hidden[0, :, 0, 0], torch.tensor([0.0, 2.5, 6.5]) / 8)
+    assert not hidden[..., 8:].any()
 
 
 def test_weights_do_not_depend_on_how_fast_things_are():
