@@ -8,6 +8,7 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -16,7 +17,7 @@ from muybridge.cli.bench.methods import METHODS, Method, Setting, pick
 from muybridge.cli.bench.scoreboard import Scoreboard, shown
 from muybridge.data.selection import read_selection
 from muybridge.errors import UsageError
-from muybridge.proving_ground import look_of, motion_of
+from muybridge.proving_ground import draw_scene, look_of, motion_of, render
 from muybridge.proving_ground.files import write_clips
 from muybridge.proving_ground.pipeline import untrained
 from muybridge.proving_ground.score_files import read_scores, write_scores
@@ -95,7 +96,7 @@ def test_the_scoreboard_takes_up_where_it_was(command: Command, tmp_path: Path, 
     assert [entry["name"] for entry in data["methods"]] == ["real", "teacher-4", "mine"]
     for entry in data["methods"]:
         assert set(entry["seeds"]) == {"0", "1"}
-        assert set(entry["mean"]) == {*FIGURES, "distance"}
+        assert set(entry["mean"]) == {*FIGURES, "distance", *(["seconds"] if entry["config"] else [])}
         motion = [seed["motion"]["value"] for seed in entry["seeds"].values()]
         assert entry["mean"]["motion"] == pytest.approx(sum(motion) / 2)
         assert entry["spread"]["amount"] > 0.0, "seeds have other clips and other noise"
@@ -114,7 +115,7 @@ def test_mean_and_spread():
 def test_the_board_says_what_is_not_there_yet(tmp_path: Path):
     settings = [Setting(tmp_path / f"seed-{s}", "x", SMALL, CLIPS, 0.2, 1, f"seed-{s}/", s) for s in range(2)]
     markdown, _ = Scoreboard(settings, pick(["real", "dmd"]), "muybridge x").write(tmp_path)
-    assert f"| DMD, 4 steps |{' – |' * (len(FIGURES) + 1)} 0 |" in markdown.read_text(encoding="utf-8")
+    assert f"| DMD, 4 steps |{' – |' * (len(FIGURES) + 2)} 0 |" in markdown.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["finetuned-4", "msm-own-2"])
@@ -203,3 +204,25 @@ def test_a_table_comes_back_from_its_file(tmp_path: Path):
     assert back.rows == scores.rows
     assert back.summary == scores.summary
     assert back.distance(scores) == pytest.approx(0.0, abs=1e-3)
+
+
+def test_what_motion_score_matching_changes_is_told_clip_by_clip(tmp_path: Path):
+    settings = [Setting(tmp_path / f"seed-{s}", "x", SMALL, CLIPS, 0.2, 1, f"seed-{s}/", s) for s in range(2)]
+    methods = pick(["real", "dmd", "msm-own-1", "msm-own-2"])
+    for setting in settings:
+        scenes = [draw_scene(SMALL, setting.seed, i, True) for i in range(6)]
+        captions = [scene.caption for scene in scenes]
+        clips = [render(scene) for scene in scenes]
+        frozen = [np.repeat(clip[:1], len(clip), 0) for clip in clips]
+        for method, shown_clips in (("real", clips), ("dmd", frozen), ("msm-own-1", frozen[:3] + clips[3:])):
+            write_scores(setting.root / method / "scores.json", read_clips(shown_clips, captions))
+    board = Scoreboard(settings, methods, "muybridge x")
+    (change,) = board.changes()
+    assert (change["name"], change["motion"]["value"], change["motion"]["clips"]) == ("msm-own-1", 0.5, 12)
+    assert 0.0 < change["motion"]["low"] < 0.5 < change["motion"]["high"] < 1.0
+    assert change["amount"]["value"] > 0.0, "what is frozen does not move"
+    markdown, _ = board.write(tmp_path)
+    assert "| DMD + MSM (λ = 1, own), 4 steps | +0.500 [" in markdown.read_text(encoding="utf-8")
+    write_scores(settings[0].root / "dmd" / "scores.json", read_clips(frozen[::-1], captions[::-1]))
+    with pytest.raises(ValueError, match="different captions"):
+        Scoreboard(settings, methods, "muybridge x").changes()

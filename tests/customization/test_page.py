@@ -50,3 +50,17 @@ def test_published_boundaries_in_signal_to_noise() -> None:
     assert said["CogVideoX"] == ["950", both]
     for name, family in (("ModelScope", "ModelScope"), ("Latte", "Latte"), ("CogVideoX-2b", "CogVideoX")):
         assert float(levels[name][0]) == float(said[family][0])
+
+
+def test_round_trips() -> None:
+    found = result("round-trips.json")
+    errors = found["relative error of the round trip"]
+    table = rows("| | plain, 5 steps |")
+    assert [row[0] for row in table] == list(errors)
+    for family, *values in table:
+        assert [float(value) for value in values] == list(errors[family].values())
+        few, many, refined, _ = errors[family].values()
+        assert refined < many < few, family
+    jumps = found["cosine of the gradient in bfloat16 with that in float32, by jump"]
+    said = ", ".join(f"{value:.2f} at {jump}" for jump, value in jumps.items())
+    assert said in " ".join(PAGE.split())

@@ -11,7 +11,7 @@ import torch
 
 from muybridge.cli.bench.lessons import WORD, Lesson, claims
 from muybridge.cli.bench.methods import Method
-from muybridge.cli.bench.scoreboard import Scoreboard, shown, spread, table, write_results
+from muybridge.cli.bench.scoreboard import Scoreboard, shown, signed, spread, table, write_results
 from muybridge.customization.report import save_figure
 from muybridge.metrics.base import Estimate, mean
 from muybridge.proving_ground.score_files import read_scores
@@ -163,7 +163,7 @@ class LessonsBoard:
             shares = entry["by_motion"]
             by_motion.append([entry["title"], *(number(shares[m]) if m in shares else "–" for m in motions)])
         compared = [
-            [c["claim"], f"{c['one']} less {c['other']}", *(_signed(c[name]) for name in ("motion", "leak", "prompt"))]
+            [c["claim"], f"{c['one']} less {c['other']}", *(signed(c[name]) for name in ("motion", "leak", "prompt"))]
             for c in data["claims"]
         ]
         return "\n".join(
@@ -212,13 +212,6 @@ class LessonsBoard:
         if handles:
             axes[1].legend(handles, labels, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
         return save_figure(figure, path)
-
-
-def _signed(estimate: Optional[dict[str, Any]]) -> str:
-    """``+0.120 [+0.020, +0.220]``; a dash where there is none."""
-    if estimate is None:
-        return "–"
-    return f"{estimate['value']:+.3f} [{estimate['low']:+.3f}, {estimate['high']:+.3f}]"
 
 
 def _said(probe: Optional[dict[str, Any]]) -> list[str]:

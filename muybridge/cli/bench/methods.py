@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from muybridge.cli.bench.parts import Part
+from muybridge.cli.bench.parts import Part, read_done
 from muybridge.errors import UsageError, did_you_mean
 from muybridge.proving_ground.scene import World
 from muybridge.proving_ground.small import SMALL, as_options
@@ -114,6 +114,11 @@ class Setting:
     batch_size: int = 16
 
     @property
+    def work(self) -> Path:
+        """The folder of the whole comparison, in which ``label`` is this one's."""
+        return self.root.parents[len(Path(self.label).parts) - 1] if self.label else self.root
+
+    @property
     def folder(self) -> Path:
         """Where the clips are."""
         return self.root / "clips"
@@ -185,6 +190,12 @@ class Setting:
     def needs(self, method: Method) -> tuple[str, ...]:
         """Names of the parts that a method's first part reads from."""
         return (self.draw().name,)
+
+    def seconds(self, method: Method) -> float | None:
+        """That sampling a clip took, with its share of starting; None where nothing was sampled."""
+        sampled = [part for part in self.parts(method) if part.name == f"{self.label}{method.name}.sample"]
+        done = read_done(self.work, sampled[0]) if sampled else None
+        return None if done is None else done.seconds / self.judged
 
     def draw(self) -> Part:
         """The clips."""

@@ -6,15 +6,28 @@ import json
 import math
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
+
+import torch
 
 import muybridge
 from muybridge.cli.bench.comparison import FIGURES, Compared, read_compared
 from muybridge.cli.bench.methods import Method, Setting
+from muybridge.metrics.base import mean
+from muybridge.proving_ground.scoring import Row
 from muybridge.report import number
 from muybridge.whole import write_text
+
+COLUMNS = {**FIGURES, "distance": "distance", "seconds": "seconds a clip"}
+"""What is known of a method under one seed, and headings."""
+
+
+PLAIN, ADDED = "dmd", "msm-"
+"""A student without motion score matching; how the names of those with it begin."""
+CHANGED = ("motion", "law", "law_score", "amount", "smoothness")
+"""Figures whose differences between them are shown."""
 
 
 def spread(values: Sequence[float]) -> float:
@@ -28,6 +41,13 @@ def shown(values: Sequence[float]) -> str:
         return "–"
     head = number(statistics.fmean(values))
     return head if len(values) == 1 else f"{head} ± {number(spread(values))}"
+
+
+def signed(estimate: Optional[Mapping[str, Any]]) -> str:
+    """``+0.120 [+0.020, +0.220]``; a dash where there is none."""
+    if estimate is None:
+        return "–"
+    return f"{estimate['value']:+.3f} [{estimate['low']:+.3f}, {estimate['high']:+.3f}]"
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -69,7 +89,7 @@ class Scoreboard:
 
     def write(self, root: Path) -> tuple[Path, Path]:
         """``results.md`` and ``results.json``."""
-        data = {"about": self.about(), "methods": self.entries()}
+        data = {"about": self.about(), "methods": self.entries(), "changes": self.changes()}
         return write_results(root, self.markdown(data), data)
 
     def entries(self) -> list[dict[str, Any]]:
@@ -79,8 +99,6 @@ class Scoreboard:
 
     def about(self) -> dict[str, Any]:
         """What was run, on what."""
-        import torch
-
         one = self.settings[0]
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         return {
@@ -100,9 +118,10 @@ class Scoreboard:
         for one in compared:
             if method.name in one.scores:
                 summary = {name: estimate._asdict() for name, estimate in one.scores[method.name].summary.items()}
-                seeds[str(one.setting.seed)] = {**summary, "distance": {"value": one.distance(method)}}
-        names = [name for name in (*FIGURES, "distance") if seeds]
-        values = {name: [seed[name]["value"] for seed in seeds.values()] for name in names}
+                seconds = one.setting.seconds(method)
+                timed = {} if seconds is None else {"seconds": {"value": seconds}}
+                seeds[str(one.setting.seed)] = {**summary, "distance": {"value": one.distance(method)}, **timed}
+        values = {name: _values(seeds, name) for name in COLUMNS if _values(seeds, name)}
         return {
             "name": method.name,
             "title": method.title,
@@ -112,6 +131,30 @@ class Scoreboard:
             "spread": {name: spread(v) if len(v) > 1 else None for name, v in values.items()},
             "seeds": seeds,
         }
+
+    def changes(self) -> list[dict[str, Any]]:
+        """What motion score matching changes: differences to the same student without it, clip by clip, over all seeds of both.
+
+        Clips of one caption and one noise are compared, so that what captions and noise do to both is not counted as chance.
+        """
+        found = []
+        compared = self.compared()
+        for method in self.methods:
+            pairs: list[tuple[Row, Row]] = []
+            for one in compared:
+                if method.name.startswith(ADDED) and {method.name, PLAIN} <= set(one.scores):
+                    rows = (one.scores[name].rows for name in (method.name, PLAIN))
+                    pairs += zip(*rows, strict=True)
+            if not pairs:
+                continue
+            if any(a.caption != b.caption for a, b in pairs):
+                raise ValueError(f"{method.name} and {PLAIN} were judged on different captions")
+            figures = {
+                name: mean(torch.tensor([float(getattr(a, name)) - float(getattr(b, name)) for a, b in pairs]))
+                for name in CHANGED
+            }
+            found.append({"name": method.name, "title": method.title, **{k: v._asdict() for k, v in figures.items()}})
+        return found
 
     def markdown(self, data: dict[str, Any]) -> str:
         """The table for people."""
@@ -123,19 +166,41 @@ class Scoreboard:
                 f"`{about['command']}`, muybridge {about['muybridge']}, torch {about['torch']}, {about['device']}.",
                 "",
                 f"Mean ± standard deviation over seeds; {about['judged']} clips and {about['updates']} updates of each method"
-                " under each seed. docs/proving-ground.md says what the figures are.",
+                " under each seed. docs/proving-ground.md says what the figures are; seconds are of sampling a clip, starting"
+                " included.",
                 "",
                 *self.lines(data["methods"]),
                 "",
+                *self._changed(data["changes"]),
             ]
         )
+
+    @staticmethod
+    def _changed(changes: Sequence[dict[str, Any]]) -> list[str]:
+        """The differences for people, if there are any."""
+        if not changes:
+            return []
+        rows = [
+            [entry["title"], *(signed(entry[name]) for name in CHANGED), str(entry["motion"]["clips"])]
+            for entry in changes
+        ]
+        return [
+            "What motion score matching changes: differences to DMD alone, clip by clip, with 95 % intervals of their mean:",
+            "",
+            *table(["", *(FIGURES[name] for name in CHANGED), "clips"], rows),
+            "",
+        ]
 
     @staticmethod
     def lines(entries: Sequence[dict[str, Any]]) -> list[str]:
         """A line a method, under a heading."""
         rows = []
         for entry in entries:
-            seeds = entry["seeds"].values()
-            cells = [shown([seed[name]["value"] for seed in seeds]) for name in (*FIGURES, "distance")]
-            rows.append([entry["title"], *cells, str(len(seeds))])
-        return table(["method", *FIGURES.values(), "distance", "seeds"], rows)
+            cells = [shown(_values(entry["seeds"], name)) for name in COLUMNS]
+            rows.append([entry["title"], *cells, str(len(entry["seeds"]))])
+        return table(["method", *COLUMNS.values(), "seeds"], rows)
+
+
+def _values(seeds: Mapping[str, Mapping[str, Any]], name: str) -> list[float]:
+    """A figure under all seeds that have it."""
+    return [seed[name]["value"] for seed in seeds.values() if name in seed]
