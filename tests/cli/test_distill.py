@@ -7,16 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.families import CASES
 from torch import Tensor
 
 from muybridge.backbones import load
 from muybridge.backbones.base import Backbone
-from muybridge.diffusion import FlowSchedule, samplers
+from muybridge.diffusion import FlowSchedule, keyed_generator, keyed_noise, samplers
 from muybridge.export import export_pipeline
 from muybridge.few_step_scheduler import stock
+from muybridge.video import read_frames, to_frames, write_gif
 
 from .conftest import Command
 
@@ -69,18 +72,40 @@ def test_a_student_becomes_a_pipeline_that_samples_as_it_was_trained(
     assert pipeline.scheduler.timesteps.tolist() == pytest.approx([1000.0, 757.0, 522.0], abs=1e-3)
 
     Path("prompts.txt").write_text("a dog\nrain\n")
-    sampling = ["sample", *options, "--ckpt_path=last", "--prompts=prompts.txt", "--out=videos", "--seed=3"]
+    sampling = [
+        "sample",
+        *options,
+        "--ckpt_path=last",
+        "--prompts=prompts.txt",
+        "--out=videos",
+        "--format=gif",
+        "--seed=3",
+    ]
     assert command(*sampling).code == 0
     made = {p.name: p.stat().st_mtime_ns for p in Path("videos").iterdir()}
-    assert {"0000-a-dog.mp4", "0001-rain.mp4", "sheet.png"} <= set(made)
-    Path("videos/0001-rain.mp4").unlink()
+    assert {"0000-a-dog.gif", "0001-rain.gif", "sheet.png"} <= set(made)
+    # The sampler's clip in the student's steps, its noise a function of the seed and the id, as a file holds it.
+    far, text = {}, student.encode_text(["a dog"])
+    for seed in (3, 4):
+        noise = keyed_noise(student.latent_shape(9, 32, 32), seed, "sample", "0000-a-dog")[None]
+        drawn = [keyed_generator(seed, "sampler", "0000-a-dog")]
+        clip = student.decode(student.sample(noise, text, steps=[1000.0, 757.0, 522.0], generator=drawn))[0]
+        files = (write_gif("ours.gif", to_frames(clip)), "videos/0000-a-dog.gif")
+        ours, theirs = (read_frames(file, range(9)).astype(float) for file in files)
+        far[seed] = abs(ours - theirs).mean()
+    assert far[3] < 0.1 * far[4]
+    sheet = np.asarray(Image.open("videos/sheet.png")).astype(float)
+    Path("videos/0001-rain.gif").unlink()
     assert command(*sampling).code == 0
     again = {p.name: p.stat().st_mtime_ns for p in Path("videos").iterdir()}
-    assert again["0000-a-dog.mp4"] == made["0000-a-dog.mp4"]
-    assert again["0001-rain.mp4"] > made["0001-rain.mp4"]
+    assert again["0000-a-dog.gif"] == made["0000-a-dog.gif"]
+    assert again["0001-rain.gif"] > made["0001-rain.gif"]
+    completed = np.asarray(Image.open("videos/sheet.png")).astype(float)
+    assert completed.shape == sheet.shape, "a row for every prompt, whenever its video was made"
+    assert abs(completed - sheet).mean() < 3.0
     other = command(*sampling[:-1], "--seed=4")
     assert other.code == 2
-    assert "another sampling" in other.message
+    assert "the videos in videos were made under other settings" in other.message
 
 
 def test_adapters_run_as_a_layer_over_the_first_stage(command: Command, options: list[str]):

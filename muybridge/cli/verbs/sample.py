@@ -79,7 +79,7 @@ def make(
             rows |= dict(zip(batch.ids, clips, strict=True))
             progress.advance(len(part))
     for name in ids:
-        if name not in rows and format == "mp4":
+        if name not in rows:
             file = folder / f"{name}.{format}"
             rows[name] = read_frames(file, range(frame_count(file)))
-    write_image(folder / "sheet.png", contact_sheet([rows[name] for name in ids if name in rows]))
+    write_image(folder / "sheet.png", contact_sheet([rows[name] for name in ids]))
