@@ -91,8 +91,9 @@ pipeline_tag: text-to-video
 
 # The proving ground's teacher
 
-A `WanPipeline` of {parameters}, trained from nothing on clips of muybridge's proving ground: {size} pixels, {frames} frames, {pace:g} of
-the usual pace; {motions}; {looks}. It knows no other words than theirs. `muybridge.backbones.load("proving-ground")` loads it; in diffusers,
+A `WanPipeline` of {parameters}, trained from nothing on clips of muybridge's proving ground: {size} pixels, {frames} frames,
+{pace:g} of the usual pace; {motions}; {looks}. It knows no other words than theirs.
+`muybridge.backbones.load("proving-ground")` loads it; in diffusers,
 `pipeline(..., height={size}, width={size}, num_frames={less}, max_sequence_length=16)` makes {frames} frames.
 
 It is for experiments about motion whose answer is known: distillation, customization and attribution in minutes on a laptop.
