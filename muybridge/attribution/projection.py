@@ -32,6 +32,8 @@ CHUNK = 2**22
 """Coordinates treated at once, so that the memory beside a gradient is bounded."""
 CACHED = 2**18
 """Numbers that stay in a processor core's cache."""
+FEW = 16
+"""Blocks, for which it is not worth while to make room for a second round of buckets."""
 
 
 # -- random numbers of places --------------------------------------------------------------------------------------------------
@@ -309,11 +311,20 @@ class CountSketchProjection(_Blocks):
             for row, values in zip(out, x, strict=True):
                 row.scatter_add_(0, buckets.flatten(), (values * signs).flatten())
             return
-        # A stretch at a time of many rows: no copy of the gradient is made, and nothing is scattered.
-        for number, offset in enumerate(offsets.tolist()):
-            rest = self.dim - offset
-            out[:, offset:].addcmul_(x[:, number, :rest], signs[number, :rest])
-            out[:, :offset].addcmul_(x[:, number, rest:], signs[number, rest:])
+        # A stretch at a time of many rows: no copy of the gradient is made, and nothing is scattered. Of many blocks, what would go
+        # round from the last bucket to the first is kept behind the last one until the end.
+        pieces = zip(offsets.tolist(), x.unbind(1), signs.unbind(0), strict=True)
+        if len(offsets) <= FEW:
+            for offset, values, sign in pieces:
+                rest = self.dim - offset
+                out[:, offset:].addcmul_(values[:, :rest], sign[:rest])
+                out[:, :offset].addcmul_(values[:, rest:], sign[rest:])
+            return
+        twice = out.new_zeros(len(out), 2 * self.dim)
+        for offset, values, sign in pieces:
+            twice.narrow(1, offset, self.dim).addcmul_(values, sign)
+        out += twice[:, : self.dim]
+        out += twice[:, self.dim :]
 
 
 class DenseProjection(Projection):
