@@ -64,3 +64,21 @@ def test_round_trips() -> None:
     jumps = found["cosine of the gradient in bfloat16 with that in float32, by jump"]
     said = ", ".join(f"{value:.2f} at {jump}" for jump, value in jumps.items())
     assert said in " ".join(PAGE.split())
+
+
+def test_maps_know_motion() -> None:
+    found = result("motion-layers.json")
+    table = rows("| average precision, t |")
+    names = {
+        "maps over frames": "temporal",
+        "maps to the text": "cross",
+        "both": "both",
+        "noisy latents": "noisy latents",
+    }
+    assert [row[0] for row in table] == list(names)
+    for name, *values in table:
+        assert values == [f"{value:.3f}" for value in found[names[name]].values()]
+    said = f"Clean latents have {found['latents']['0.0']:.3f}, pixels {found['pixels']['0.0']:.3f}, chance {found['chance']:.3f}"
+    assert said in PAGE
+    for t in ("100.0", "300.0", "500.0", "700.0"):
+        assert found["temporal"][t] > 2 * found["latents"]["0.0"]
