@@ -311,8 +311,8 @@ class CountSketchProjection(_Blocks):
             for row, values in zip(out, x, strict=True):
                 row.scatter_add_(0, buckets.flatten(), (values * signs).flatten())
             return
-        # A stretch at a time of many rows: no copy of the gradient is made, and nothing is scattered. Of many blocks, what would go
-        # round from the last bucket to the first is kept behind the last one until the end.
+        # A stretch at a time of many rows: no copy of the gradient is made, and nothing is scattered. Of many blocks, what would
+        # go round from the last bucket to the first is kept behind the last one until the end.
         pieces = zip(offsets.tolist(), x.unbind(1), signs.unbind(0), strict=True)
         if len(offsets) <= FEW:
             for offset, values, sign in pieces:
