@@ -53,8 +53,8 @@ def test_the_demo_runs_from_nothing_and_not_twice(command: Command, tmp_path: Pa
     assert "DMD + MSM (λ = 1, shared), 4 steps" in page
     # Every part is a command that can be run alone, and is said on the page too.
     said = [line.strip() for line in first.out.splitlines() if line.startswith("  muybridge ")]
-    assert [shlex.split(line)[1] for line in said].count("judge") == 6 + 2
-    assert [shlex.split(line)[1] for line in said].count("fit") == 2
+    assert [shlex.split(line)[1] for line in said].count("judge") == 6 + 2 + 1
+    assert [shlex.split(line)[1] for line in said].count("fit") == 2 + 1
     assert all(shlex.quote(line.split()[-1]).strip("'") in page for line in said)
 
     scores = {m: read_scores(tmp_path / f"demo/{m}/scores.json") for m in ("real", "teacher-50", "dmd")}
@@ -71,10 +71,18 @@ def test_the_demo_runs_from_nothing_and_not_twice(command: Command, tmp_path: Pa
     assert all(row.leak_shape is not None for row in taught.rows)
     chosen = read_selection(tmp_path / "demo/attribution/selection.parquet")
     assert len(chosen.ids) == round(0.2 * 0.8 * CLIPS)
+    finetuned = read_scores(tmp_path / "demo/finetuned-50/scores.json")
+    assert len(finetuned.rows) == CLIPS // 5
+    trained = yaml.safe_load(
+        next((tmp_path / "demo/finetuned-50/run").rglob("config.yaml")).read_text(encoding="utf-8")
+    )
+    data = trained["data"]["init_args"]
+    assert (data["selection"], data["cache"]) == ("demo/attribution/selection.parquet", "demo/attribution/cache")
+    assert page.count("finetuned on the selection") == 1
 
     again = command(*options)
     assert again.code == 0
-    assert "21 of 21 parts" in again.out
+    assert "24 of 24 parts" in again.out
     assert "[part" not in again.out
     assert report.read_text(encoding="utf-8") == page
     assert command(*options, "--updates=2").code == 2

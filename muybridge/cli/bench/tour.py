@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
 from datamodules.prompts import prompt_id
 from muybridge.cli.bench.comparison import FIGURES, commands
 from muybridge.cli.bench.lessons import other_subjects
-from muybridge.cli.bench.methods import TEACHER, Setting
+from muybridge.cli.bench.methods import TEACHER, Method, Setting, pick
 from muybridge.cli.bench.parts import Done, Part
 from muybridge.metrics.base import share
 from muybridge.proving_ground import MOTIONS, join_caption, look_of, motion_of, split_caption
@@ -21,6 +21,17 @@ from muybridge.proving_ground.small import as_options
 from muybridge.report import Cell, Grid, Section, Table, Video
 
 WAYS = {"base": "as it ships", "customized": "after one clip"}
+BRIEF = {name: FIGURES[name] for name in ("motion", "law", "colour", "shape", "all", "static", "amount")}
+"""What is told of these jobs, and headings."""
+SHIPPED = pick(["teacher-50"])[0]
+FINETUNED = Method(
+    "finetuned-50",
+    "finetuned on the selection, 50 steps",
+    TEACHER,
+    ("--trainer.limit_val_batches=0", "--data.num_workers=0"),
+    trained=True,
+    forwards=100,
+)
 
 
 @dataclass(frozen=True)
@@ -151,12 +162,11 @@ class Customization:
             (prompt, (reference, *(Video.read(videos / f"{self.name(i, way)}.mp4") for way in WAYS)))
             for i, prompt in enumerate(self.wanted[:6])
         ]
-        figures = {name: FIGURES[name] for name in ("motion", "law", "colour", "shape", "all", "static", "amount")}
         leaks = {"leak_shape": "the reference's shape", "leak_colour": "the reference's colour"}
         lines: list[tuple[Cell, ...]] = []
         for way, title in WAYS.items():
             summary = read_scores(self.root / f"{way}.json").summary
-            lines.append((title, *(summary[name] for name in (*figures, *leaks))))
+            lines.append((title, *(summary[name] for name in (*BRIEF, *leaks))))
         note = (
             f"{len(self.wanted)} clips of each; the last two columns are leakage: the look of the clip that was taught."
         )
@@ -168,10 +178,31 @@ class Customization:
             ),
             (
                 Grid(("the one clip", *WAYS.values()), tuple(rows), "The same noise in both columns of a row."),
-                Table(("", *figures.values(), *leaks.values()), tuple(lines), note),
+                Table(("", *BRIEF.values(), *leaks.values()), tuple(lines), note),
             ),
             commands(done, "customization."),
         )
+
+
+@dataclass(frozen=True)
+class Selected(Setting):
+    """The same clips, of which those that were selected are trained on."""
+
+    @property
+    def attribution(self) -> Attribution:
+        """What selects them."""
+        return Attribution(self)
+
+    @property
+    def pace(self) -> float:
+        return 0.5
+
+    def needs(self, method: Method) -> tuple[str, ...]:
+        return (*super().needs(method), self.attribution.named("select"))
+
+    def data(self, method: Method) -> list[str]:
+        chosen = self.attribution
+        return [*super().data(method), f"--data.cache={chosen.root / 'cache'}", f"--data.selection={chosen.selection}"]
 
 
 @dataclass(frozen=True)
@@ -190,6 +221,16 @@ class Attribution:
     def root(self) -> Path:
         """Where all of it goes."""
         return self.setting.root / "attribution"
+
+    @property
+    def selection(self) -> Path:
+        """The clips that help most."""
+        return self.root / "selection.parquet"
+
+    @property
+    def selected(self) -> Selected:
+        """Where the model is trained on these."""
+        return Selected(**{field.name: getattr(self.setting, field.name) for field in fields(Setting)})
 
     def table(self, part: str) -> Path:
         """The clips of ``train``, which are the candidates, or of ``validation``, which are the queries."""
@@ -225,7 +266,7 @@ class Attribution:
         )
 
     def named(self, store: str) -> str:
-        """The part that makes a store."""
+        """The part that makes a store, or ``select``."""
         return f"{self.setting.label}attribution.{'gradients' if store == 'store' else store}"
 
     def gradients(self, store: str = "store", what: str = "", more: Sequence[str] = ()) -> Part:
@@ -251,18 +292,18 @@ class Attribution:
         )
 
     def parts(self) -> list[Part]:
-        """Cache clips with their motion weights, project gradients, select."""
+        """Cache clips with their motion weights, project gradients, select, finetune on what is selected."""
         select = [
             f"--store={self.root / 'store'}",
             "--top=20%",
             f"--videos={self.table('train')}",
             f"--query_videos={self.table('validation')}",
-            f"--out={self.root / 'selection.parquet'}",
+            f"--out={self.selection}",
             f"--report={self.root / 'report.html'}",
         ]
-        name = f"{self.setting.label}attribution.select"
-        chosen = Part(name, "attribution: the clips that help most", ("select", *select), 3.0)
-        return [self.cache(), self.gradients(), chosen]
+        needs = (self.gradients().name,)
+        chosen = Part(self.named("select"), "attribution: the clips that help most", ("select", *select), 3.0, needs)
+        return [self.cache(), self.gradients(), chosen, *self.selected.parts(FINETUNED)]
 
     def section(self, done: Mapping[str, Done]) -> Section:
         """Queries beside what helps them most, and how often that shows the same motion or look."""
@@ -310,6 +351,19 @@ class Attribution:
                     f"{len(scores.queries)} queries, {len(scores.ids)} training clips; none has a query's pair of shape and"
                     " colour. Intervals take each pair for itself, and so are somewhat narrow.",
                 ),
+                self.outcome(),
             ),
-            commands(done, "attribution."),
+            commands(done, "attribution.", f"{FINETUNED.name}."),
         )
+
+    def outcome(self) -> Table:
+        """What the judge reads before and after training on the selection; captions and noise are the same."""
+        rows: list[tuple[Cell, ...]] = []
+        for method in (SHIPPED, FINETUNED):
+            summary = read_scores(self.setting.scores(method)).summary
+            rows.append((method.title, *(summary[name] for name in BRIEF)))
+        note = (
+            f"{self.setting.judged} clips of each, {self.setting.updates} updates on the selection, which is for all queries."
+            " The model knows these motions: `muybridge bench-attribution` selects for one that it does not, against controls."
+        )
+        return Table(("", *BRIEF.values()), tuple(rows), note)
