@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from muybridge.data.cache import check_same
+from muybridge.begun import check_same
 from muybridge.data.shards import write_part
 from muybridge.errors import UsageError
 from muybridge.whole import write_text

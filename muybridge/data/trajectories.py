@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from muybridge.batch import joined_presence
-from muybridge.begun import refuse_others
-from muybridge.data.cache import check_same
+from muybridge.begun import check_same, refuse_others
 from muybridge.data.shards import ShardReader, ShardWriter, find_broken, remove, sweep
 from muybridge.diffusion.conditioning import Conditioning
 from muybridge.errors import UsageError
