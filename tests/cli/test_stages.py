@@ -36,7 +36,39 @@ def weights(root: Path, prefix: str = "") -> dict[str, Tensor]:
 
 
 def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
+    return max(float((one[name] - other[name]).detach().abs().max()) for name in one)
+
+
+def killed_and_whole(command: Command, folder: Path, name: str, *config: str) -> list[str]:
+    """A run that was killed and gone on with, and one that was not, are one; its options."""
+    (folder / "often.yaml").write_text(OFTEN)
+    run = [*config, "-c=often.yaml", *QUIET]
+    fit = ["fit", *run, f"--trainer.default_root_dir={name}"]
+    kill_once_saved(folder / name, *fit, "--trainer.max_steps=1000", cwd=folder)
+    saved = torch.load(newest(folder / name), weights_only=True)["global_step"]
+    fit = ["fit", *run, f"--trainer.max_steps={saved + 2}"]
+    for root, more in ((name, ["--ckpt_path=last"]), (f"{name}-whole", [])):
+        result = command(*fit, f"--trainer.default_root_dir={root}", *more)
+        assert result.code == 0, result.err
+    found, wanted = weights(folder / name), weights(folder / f"{name}-whole")
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert torch.equal(found[key], value), (name, key)
+    return [*run, f"--trainer.default_root_dir={name}", "--ckpt_path=last"]
+
+
+def test_the_proving_grounds_distillation_killed_and_gone_on_with(command: Command, tmp_path: Path) -> None:
+    """Its file as it ships, on the model that ships, with motion score matching; a student's update on either side."""
+    (tmp_path / "prompts.jsonl").write_text('{"id": "0", "prompt": "a red disk | falls freely"}\n')
+    run = ["-c=proving_ground/distill.yaml", "--model.losses+=MotionScoreMatching", "--model.losses.weight=1.0"]
+    run += ["--data.prompts=prompts.jsonl", "--data.batch_size=1", "--trainer.accelerator=cpu"]
+    run += ["--model.student_learning_rate.warmup=0", "--model.critic_learning_rate.warmup=0"]
+    killed_and_whole(command, tmp_path, "one", *run)
+    state = torch.load(newest(tmp_path / "one"), weights_only=True)
+    assert state["global_step"] >= 3
+    trained = weights(tmp_path / "one", "own_student.")
+    begun = load("proving-ground").state_dict()
+    assert furthest({n: begun[n.replace("__", ".")] for n in trained}, trained) > 0.0, "the student was trained"
 
 
 def test_three_stages_in_a_row_each_killed_and_gone_on_with(
@@ -44,28 +76,11 @@ def test_three_stages_in_a_row_each_killed_and_gone_on_with(
 ) -> None:
     """The teacher's paths, a causal student on them, the same student by matching scores, its videos and its pipeline."""
     wan = str(tiny_checkpoint("wan"))
-    (tmp_path / "often.yaml").write_text(OFTEN)
     (tmp_path / "prompts.txt").write_text("a dog runs\na cat sleeps\n")
     stage2 = ["-c=tiny/trajectory.yaml", f"--model.student.path={wan}", "--model.student.max_text_length=16"]
     layers = ["-c=tiny/distill-stage1.yaml", "-c=tiny/distill-stage3.yaml"]
     stage3 = [*layers, f"--model.teacher.path={wan}", "--model.teacher.max_text_length=16"]
     stage3 += ["--model.student.path=causal", "--model.student.max_text_length=16"]
-
-    def killed_and_whole(name: str, *config: str) -> list[str]:
-        """A run that was killed and gone on with, and one that was not, are one; its options."""
-        run = [*config, "-c=often.yaml", *QUIET]
-        fit = ["fit", *run, f"--trainer.default_root_dir={name}"]
-        kill_once_saved(tmp_path / name, *fit, "--trainer.max_steps=1000", cwd=tmp_path)
-        saved = torch.load(newest(tmp_path / name), weights_only=True)["global_step"]
-        fit = ["fit", *run, f"--trainer.max_steps={saved + 2}"]
-        for root, more in ((name, ["--ckpt_path=last"]), (f"{name}-whole", [])):
-            result = command(*fit, f"--trainer.default_root_dir={root}", *more)
-            assert result.code == 0, result.err
-        found, wanted = weights(tmp_path / name), weights(tmp_path / f"{name}-whole")
-        assert found.keys() == wanted.keys()
-        for key, value in wanted.items():
-            assert torch.equal(found[key], value), (name, key)
-        return [*run, f"--trainer.default_root_dir={name}", "--ckpt_path=last"]
 
     def named(path: str) -> dict[str, Tensor]:
         student = load(path, max_text_length=16, causal=Causal(block=1))
@@ -74,7 +89,7 @@ def test_three_stages_in_a_row_each_killed_and_gone_on_with(
     result = command("trajectories", *stage2, *QUIET, "--prompts=prompts.txt", "--out=paths", "--batch_size=2")
     assert result.code == 0, result.err
 
-    two = killed_and_whole("two", *stage2, "--data.path=paths")
+    two = killed_and_whole(command, tmp_path, "two", *stage2, "--data.path=paths")
     with pytest.warns(UserWarning, match="causal holds a causal student"):
         assert command("export", *two, "--out=causal").code == 0
     second = named("causal")
@@ -82,7 +97,7 @@ def test_three_stages_in_a_row_each_killed_and_gone_on_with(
     assert averages.keys() == second.keys()
     assert all(torch.equal(averages[name], weight) for name, weight in second.items())
 
-    three = killed_and_whole("three", *stage3)
+    three = killed_and_whole(command, tmp_path, "three", *stage3)
     trained = {n.replace(".", "__"): w for n, w in weights(tmp_path / "three", "own_student.").items()}
     assert 0.0 < furthest(trained, second) < 0.5 * furthest(trained, named(wan)), (
         "it began where the second stage ended"
