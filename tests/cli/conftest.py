@@ -122,8 +122,8 @@ def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.Complet
     return subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
-def kill_once_saved(root: Path, *arguments: str, cwd: Path) -> None:
-    """Run the command in processes of its own, and end them by SIGKILL as soon as ``last.ckpt`` lies below ``root``."""
+def kill_once_saved(root: Path, *arguments: str, cwd: Path, saved: str = "last.ckpt") -> None:
+    """Run the command in processes of its own, and end them by SIGKILL as soon as such a file lies below ``root``."""
     process = subprocess.Popen(
         [sys.executable, "-m", "muybridge", *arguments],
         cwd=cwd,
@@ -135,7 +135,7 @@ def kill_once_saved(root: Path, *arguments: str, cwd: Path) -> None:
     )
     try:
         deadline = time.monotonic() + 120
-        while not list(root.rglob("last.ckpt")):
+        while not list(root.rglob(saved)):
             assert process.poll() is None, process.stderr.read() if process.stderr else ""
             assert time.monotonic() < deadline
             time.sleep(0.001)

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -19,7 +20,7 @@ from muybridge.data.cache import Cache
 from muybridge.data.selection import read_selection
 from muybridge.toy_clips import write_clips
 
-from .conftest import ROOT, Command
+from .conftest import ROOT, Command, kill_once_saved
 
 CONFIG = """
 trainer:
@@ -108,6 +109,30 @@ def test_from_clips_to_a_selection(config: str, command: Command, tmp_path: Path
         done = command("select", "--store=store", "--top=2", f"--by={by}", "--cache=cache", "--out=c.parquet", *more)
         assert done.code == 0, done.err
         assert len(pq.read_table(tmp_path / "c.parquet")) == 2
+
+
+def test_a_killed_pass_goes_on_and_ends_as_the_one_that_was_not(config: str, command: Command, tmp_path: Path) -> None:
+    write_clips(tmp_path / "queries", 20, frames=5, height=16, width=16)
+    plain = "--trainer.callbacks.loss=Denoising"
+    attribute = ["attribute", "-c", config, plain]
+    kill_once_saved(tmp_path / "store", *attribute, cwd=tmp_path, saved="part-*.parquet")
+    killed = InfluenceStore(tmp_path / "store")
+    assert len(killed.ids("train")) == 5, "what was written is there"
+    assert len(killed.ids("query")) < 20, "it was killed before its end"
+    there = {file.name: file.read_bytes() for file in killed.files}
+    for out in ("store", "whole"):
+        result = command(*attribute, f"--trainer.callbacks.out={out}")
+        assert result.code == 0, result.err
+    gone_on, whole = InfluenceStore(tmp_path / "store"), InfluenceStore(tmp_path / "whole")
+    assert {name: (tmp_path / "store" / name).read_bytes() for name in there} == there, "nothing is written again"
+    for part, count in (("train", 5), ("query", 20)):
+        vectors = [
+            {name: vector for block in one.blocks(part) for name, vector in zip(block.ids, block.vectors, strict=True)}
+            for one in (gone_on, whole)
+        ]
+        assert len(vectors[0]) == count
+        assert all(np.array_equal(vectors[0][name], vectors[1][name]) for name in vectors[1])
+        assert gone_on.ids(part) == whole.ids(part)
 
 
 @pytest.fixture
