@@ -354,7 +354,7 @@ def train(path: str, root: str, captured: bool, kind: str = "one", job: Any = No
     return {n: full(p).detach().clone() for n, p in module.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("kind", ["one", "file"])
+@pytest.mark.parametrize("kind", ["one", "ddp", "file"])
 def test_a_pass_during_training_sees_the_weights_of_its_step_and_changes_no_training(
     kind: str, tiny_checkpoint: Tiny, tmp_path: Path
 ) -> None:
@@ -431,6 +431,34 @@ def test_a_distillations_student_is_followed_through_its_training(
     alone.backbone.materialize().networks.load_state_dict(watched.student.networks.state_dict())
     run(alone, clips, str(tmp_path / "alone"), **options)
     same(vectors(tmp_path / "alone"), vectors(tmp_path / "after"))
+
+
+def distil(path: str, root: str, kind: str, shared: bool) -> None:
+    """A distillation whose student is followed, on global batches of two."""
+    world, lora = int(os.environ.get("WORLD_SIZE", 1)), LoRA(rank=2)
+    job = distillation(path, **({"student_lora": lora, "critic_lora": lora} if shared else {}))
+    clips = latents_for(finetuning(path), count=4, batch_size=2 // world)
+    capture = capture_of(f"{root}/store", at=[0], every=2, times=[Boundary(300.0)])
+    trainer(root, devices=world, strategy=strategy(kind), max_steps=3, limit_val_batches=0, callbacks=[capture]).fit(
+        job, clips
+    )
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["copies", "adapters"])
+def test_a_students_gradients_over_two_shards_are_those_of_one_process(
+    shared: bool, tiny_checkpoint: Tiny, tmp_path: Path
+) -> None:
+    path = str(tiny_checkpoint("wan"))
+    distil(path, str(tmp_path / "one"), "one", shared)
+    run_ranks(distil, path, str(tmp_path / "two"), "file", shared)
+    one, two = (InfluenceStore(tmp_path / name / "store") for name in ("one", "two"))
+    assert two.keys("train") == one.keys("train") == [(0, 300.0), (2, 300.0)]
+    found, wanted = (
+        {(n, k): v for b in s.blocks("train") for n, k, v in zip(b.ids, b.keys, b.vectors, strict=True)}
+        for s in (two, one)
+    )
+    assert len(wanted) == 8
+    same(found, wanted, 1e-3)
 
 
 class Broken(MotionWeightedDenoising):
