@@ -73,6 +73,16 @@ def _code(folder: str, package: str, what: str) -> Iterator[None]:
         sys.modules.update(shadowed)
 
 
+SMALLEST = 128
+"""Pixels of a side below which the networks' pyramids of correlations run out."""
+
+
+def _padded(pictures: Tensor) -> Tensor:
+    """Sides of at least :data:`SMALLEST` that 8 divides; what is added on the right and below repeats the edge."""
+    tall, wide = (max(SMALLEST, -(-n // 8) * 8) for n in pictures.shape[-2:])
+    return nn.functional.pad(pictures, (0, wide - pictures.shape[-1], 0, tall - pictures.shape[-2]), mode="replicate")
+
+
 class RAFT(FlowEstimator):
     """RAFT as torchvision has it.
 
@@ -118,9 +128,7 @@ class RAFT(FlowEstimator):
     def flow(self, first: np.ndarray, second: np.ndarray) -> Tensor:
         pictures = torch.from_numpy(np.stack([first, second])).permute(0, 3, 1, 2).float() / 127.5 - 1.0
         height, width = first.shape[:2]
-        # Sides of at least 128 that 8 divides; what is added repeats the edge.
-        tall, wide = (max(128, -(-n // 8) * 8) for n in (height, width))
-        padded = nn.functional.pad(pictures, (0, wide - width, 0, tall - height), mode="replicate").to(self.device)
+        padded = _padded(pictures).to(self.device)
         found = self.network()(padded[:1], padded[1:], num_flow_updates=self.iterations)[-1]
         return found[0, :, :height, :width].float().cpu()
 
@@ -223,19 +231,22 @@ class AllTracker(MotionEstimator):
             _file(self.weights, "AllTracker")
             with _code(self.code, "nets", "AllTracker"):
                 net: Any = importlib.import_module("nets.alltracker").Net
-                made = net(16, use_basicencoder=True, no_split=True) if self.size == "tiny" else net(16)
+                kind = {"use_basicencoder": True, "no_split": True} if self.size == "tiny" else {}
+                # Otherwise it fetches an encoder from the network, which the file's weights then replace.
+                made = net(16, init_weights=False, **kind)
             self._network = _load(made, self.weights, f"AllTracker {self.size}").to(self.device)
         return self._network
 
     @torch.no_grad()
     def estimate(self, frames: Frames) -> Displacement:
-        video = torch.from_numpy(frames).permute(0, 3, 1, 2).float()[None].to(self.device)
+        video = _padded(torch.from_numpy(frames).permute(0, 3, 1, 2).float())[None].to(self.device)
         flows, seen, _, _ = self.network().forward_sliding(video, iters=self.iterations, sw=None, is_training=False)
         flows, seen = flows.float().cpu(), seen.float().cpu()
         if flows.ndim == 4:  # of two frames it gives the second alone
             flows = torch.stack([torch.zeros_like(flows), flows], 1)
             seen = torch.stack([torch.ones_like(seen), seen], 1)
-        return Displacement(flows[0], seen[0, :, 0], seen[0, :, 1], "first")
+        flows, seen = (found[0, ..., : frames.shape[1], : frames.shape[2]] for found in (flows, seen))
+        return Displacement(flows, seen[:, 0], seen[:, 1], "first")
 
     def key(self) -> dict[str, Any]:
         return {**super().key(), "code": "alltracker", "weights": _digest(self.weights, "AllTracker")}
