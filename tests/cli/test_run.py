@@ -35,7 +35,9 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("name", ["wan", "cogvideox", "latte", "unet3d"])
+@pytest.mark.parametrize(
+    "name", ["wan", "cogvideox", "latte", "unet3d", "hunyuan", "ltx", "mochi", "animatediff"]
+)
 def test_a_tiny_config_goes_from_clips_to_a_pipeline(
     name: str, command: Command, tiny_options: Options, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
 ):
@@ -61,6 +63,12 @@ def test_a_tiny_config_goes_from_clips_to_a_pipeline(
     trained = {n.removeprefix("backbone."): w for n, w in weights(last).items()}
     assert same(trained, dict(load("exported").named_parameters()))
     assert not same(trained, dict(load(str(tiny_checkpoint(name))).named_parameters()))
+
+    resumed = command("fit", *options, "--trainer.max_steps=5", "--ckpt_path=last")
+    assert resumed.code == 0
+    newest = max((tmp_path / "run").rglob("last.ckpt"), key=lambda p: p.stat().st_mtime_ns)
+    assert torch.load(newest, weights_only=True)["global_step"] == 5
+    assert len(list((tmp_path / "run").rglob("last.ckpt"))) == 2
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(command: Command, tiny_options: Options, tmp_path: Path):
