@@ -88,6 +88,45 @@ def test_links_between_pages_lead_somewhere() -> None:
     assert not broken
 
 
+Table = list[list[str]]
+
+
+def tables(text: str) -> list[Table]:
+    """Heading and rows of every Markdown table."""
+    found = re.findall(r"(?:^\|.*\n)+", text, re.M)
+    split = [[[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()] for table in found]
+    return [[table[0], *table[2:]] for table in split]
+
+
+def sections(page: str) -> list[str]:
+    return re.split(r"^#+ ", (ROOT / page).read_text(encoding="utf-8"), flags=re.M)
+
+
+PAGES = ["README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))]
+SCOREBOARD = re.compile(r"benchmarks/results/(bench-[a-z-]+\.md)")
+
+
+def test_the_tables_of_scoreboards_are_what_their_commands_wrote() -> None:
+    """A section with a link to a scoreboard shows rows of it, fewer of its columns perhaps; no number is typed in."""
+    shown = []
+    for page in PAGES:
+        for section in sections(page):
+            for name in dict.fromkeys(SCOREBOARD.findall(section)):
+                written = [
+                    (row[0], dict(zip(table[0][1:], row[1:], strict=True)))
+                    for table in tables((ROOT / "benchmarks/results" / name).read_text(encoding="utf-8"))
+                    for row in table[1:]
+                ]
+                for head, *rows in tables(section):
+                    for row in rows:
+                        wanted = dict(zip(head[1:], row[1:], strict=True))
+                        assert any(title == row[0] and wanted.items() <= cells.items() for title, cells in written), (
+                            f"{page} shows {row}, which {name} does not have"
+                        )
+                shown.append((page, name))
+    assert ("README.md", "bench-motion.md") in shown
+
+
 def test_a_backbone_of_the_users_own_works_as_its_page_says(
     tmp_path: Path, tiny_checkpoint: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:

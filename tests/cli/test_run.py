@@ -35,9 +35,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize(
-    "name", ["wan", "cogvideox", "latte", "unet3d", "hunyuan", "ltx", "mochi", "animatediff"]
-)
+@pytest.mark.parametrize("name", ["wan", "cogvideox", "latte", "unet3d", "hunyuan", "ltx", "mochi", "animatediff"])
 def test_a_tiny_config_goes_from_clips_to_a_pipeline(
     name: str, command: Command, tiny_options: Options, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
 ):
