@@ -167,9 +167,16 @@ def test_the_table_is_the_mean_over_lessons_and_says_nothing_of_half_a_seed(tmp_
     # Lessons that both have done: of seed 0.
     assert first["motion"]["value"] == pytest.approx(0.5)
     assert first["leak"]["value"] == pytest.approx(-0.5)
+    assert first["motion"]["clips"] == 2
     text = markdown.read_text(encoding="utf-8")
     assert "The probe of 3 clips finds no boundary: why." in text
     assert "| value and output, all times | 0.750 ± 0.354 |" in text
+    # Another seed teaches from the same clips: there are no more of them to be sure of.
+    for lesson in by_seed[1]:
+        write_scores(lesson.scores(above), _scores(lesson, True, False))
+    again = LessonsBoard(by_seed, chosen, "muybridge x").difference(above, vo, "motion")
+    assert again is not None
+    assert (again.value, again.clips) == (pytest.approx(0.25), 2)
 
 
 def test_claims_are_of_what_is_compared() -> None:

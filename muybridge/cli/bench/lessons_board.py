@@ -133,14 +133,18 @@ class LessonsBoard:
         return {motion: statistics.fmean(values) for motion, values in found.items()}
 
     def difference(self, one: Method, other: Method, figure: str) -> Optional[Estimate]:
-        """How much more of a figure one has than another: mean over lessons, each under all seeds that both have done."""
-        pairs = []
+        """How much more of a figure one has than another: mean over clips that are taught from.
+
+        Seeds teach from the same clips, so a clip's difference is the mean over the seeds that both have done, and counts once.
+        """
+        pairs: dict[tuple[str, int], list[float]] = {}
         for some in self.complete(one):
             for lesson in some:
                 a, b = self.read(lesson, one), self.read(lesson, other)
                 if a is not None and b is not None:
-                    pairs.append(statistics.fmean(a[figure]) - statistics.fmean(b[figure]))
-        return mean(torch.tensor(pairs)) if len(pairs) > 1 else None
+                    less = statistics.fmean(a[figure]) - statistics.fmean(b[figure])
+                    pairs.setdefault((lesson.motion, lesson.reference), []).append(less)
+        return mean(torch.tensor([statistics.fmean(v) for v in pairs.values()])) if len(pairs) > 1 else None
 
     def claims(self) -> list[dict[str, Any]]:
         """What the papers say, and what is measured."""
@@ -183,7 +187,7 @@ class LessonsBoard:
                 "",
                 *table(["method", *motions], by_motion),
                 "",
-                "What the papers say, and the differences that are measured, with 95 % intervals of their mean over lessons:",
+                "What the papers say, and the differences that are measured, with 95 % intervals of their mean over clips:",
                 "",
                 *table(["claim", "difference", "motion", "leaked look", "shape and colour as asked"], compared),
                 "",
