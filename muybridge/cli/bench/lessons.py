@@ -138,7 +138,7 @@ class Lesson(Setting):
 
     @property
     def pace(self) -> float:
-        return 0.12
+        return 0.06
 
     def asked(self, method: Method) -> Path:
         return self.truth if method.name == TOLD else self.root / "prompts.jsonl"
