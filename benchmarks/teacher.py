@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from muybridge.backbones import load
-from muybridge.cli.progress import Progress
 from muybridge.diffusion.draws import keyed_noise
+from muybridge.progress import Progress
 from muybridge.proving_ground import Scene, draw_scene, render
 from muybridge.proving_ground.scoring import Scores, read_clips
 from muybridge.proving_ground.small import SMALL

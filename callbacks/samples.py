@@ -10,10 +10,11 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from tqdm import tqdm
 
+from callbacks.progress_line import ProgressLine
 from muybridge.batch import Batch
 from muybridge.errors import UsageError
+from muybridge.progress import Progress
 from muybridge.video import contact_sheet, to_frames, write_gif, write_image, write_video
 
 
@@ -116,24 +117,25 @@ class Samples(BasePredictionWriter):
 
 
 class SamplingBar:
-    """A progress bar over sampling steps on the first rank, given to samplers as ``on_step``."""
+    """How far sampling is, said by the first rank; given to samplers as ``on_step``. It goes when they are done."""
 
     def __init__(self, trainer: pl.Trainer, label: str) -> None:
-        self.show = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        self.bar = trainer.progress_bar_callback
+        self.show = trainer.is_global_zero and self.bar is not None
         self.label = label
-        self.bar: Optional[tqdm[Any]] = None
+        self.line: Optional[Progress] = None
 
     def __enter__(self) -> SamplingBar:
         return self
 
     def __call__(self, index: int, count: int, time: float, latents: Tensor) -> None:
         """Advance by one step."""
-        if not self.show:
-            return
-        if self.bar is None:
-            self.bar = tqdm(total=count, desc=self.label, leave=False)
-        self.bar.update(1)
+        if self.line is None:
+            if isinstance(self.bar, ProgressLine):
+                self.bar.clear()
+            self.line = Progress(f"{self.label}, steps", count, self.show, ends=False)
+        self.line.advance()
 
     def __exit__(self, *exception: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        if self.line is not None:
+            self.line.__exit__()

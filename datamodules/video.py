@@ -11,7 +11,6 @@ from typing import Any, Literal, Optional
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from datamodules.bad_videos import BadVideoWatch, OnError, refuse_one
 from datamodules.clips import CachedClips, ClipData, ClipDataset, ClipSampler, Place
@@ -26,6 +25,7 @@ from muybridge.data.selection import Plan, plan
 from muybridge.data.sources import Captions, Kind, list_clips, recognise
 from muybridge.data.windows import Windows
 from muybridge.errors import UsageError
+from muybridge.progress import Progress
 from muybridge.video import to_pixels
 
 __all__ = ["ClipSampler", "VideoData", "VideoDataset"]
@@ -279,10 +279,14 @@ def survey_all(clips: Sequence[Clip], buckets: list[Bucket], reading: Reading) -
     shared = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
     mine = clips[rank::world]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        looked = pool.map(lambda clip: survey(clip, buckets, reading), mine)
-        progress = tqdm(looked, "looking into videos", len(mine), leave=False, delay=3.0, disable=rank > 0)
-        found = list(progress)
+    found = []
+    with (
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+        Progress("videos looked into", len(mine), rank == 0, ends=False) as progress,
+    ):
+        for looked in pool.map(lambda clip: survey(clip, buckets, reading), mine):
+            found.append(looked)
+            progress.advance()
     if not shared:
         return found
     parts: list[Any] = [None] * world

@@ -59,6 +59,7 @@ CALLBACKS: dict[str, str] = {
     "Samples": "callbacks.samples",
     "Preemption": "callbacks.preemption",
     "Interruption": "callbacks.interruption",
+    "ProgressLine": "callbacks.progress_line",
     "MotionMonitor": "callbacks.motion_monitor",
     "GradientCapture": "callbacks.gradient_capture",
     "ClipLosses": "callbacks.clip_losses",

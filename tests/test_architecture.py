@@ -23,6 +23,7 @@ HEIGHT = {
     "permissions": 0,
     "whole": 0,
     "begun": 0,
+    "progress": 0,
     "registry": 0,
     "diffusion": 1,
     "batch": 2,

@@ -19,6 +19,7 @@ from muybridge.diffusion.conditioning import Conditioning
 from muybridge.diffusion.predictions import guide
 from muybridge.diffusion.schedules import NoiseSchedule
 from muybridge.errors import UsageError, did_you_mean
+from muybridge.progress import bars_on_terminals_alone
 
 DType = Literal["float32", "bfloat16", "float16"]
 Component = Literal["denoiser", "vae", "text_encoder"]
@@ -236,7 +237,8 @@ class Backbone(nn.Module, ABC):
             keep = [c for c in self.checkpoint.components if c.startswith(("tokenizer", "text_encoder"))]
             rest: dict[str, Any] = {c: None for c in self.checkpoint.components if c not in keep}
             cls = getattr(diffusers, self.checkpoint.pipeline_class)
-            pipeline = cls.from_pretrained(self.checkpoint.fetch(*keep), dtype=self.text_dtype, **rest)
+            with bars_on_terminals_alone():
+                pipeline = cls.from_pretrained(self.checkpoint.fetch(*keep), dtype=self.text_dtype, **rest)
             for name in keep:
                 part = getattr(pipeline, name)
                 if isinstance(part, nn.Module):

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import muybridge
 from callbacks.interruption import Interruption
+from callbacks.progress_line import ProgressLine
 from lightning_modules.checkpoints import WholeFiles
 from muybridge import registry
 from muybridge.cli import checkpoints, places
@@ -128,6 +129,8 @@ class CLI(LightningCLI):
             pl.LightningDataModule if self.takes_data else None,
             save_config_callback=SaveConfig if verb == "fit" else None,
             trainer_class=Trainer,
+            # Jobs say in one line what they train.
+            trainer_defaults={"enable_model_summary": False},
             seed_everything_default=0,
             parser_kwargs={"prog": "muybridge", "allow_abbrev": False, "default_env": True, "env_prefix": "MUYBRIDGE"},
             parser_class=Parser,
@@ -191,6 +194,7 @@ class CLI(LightningCLI):
         if isinstance(name, str) and name in strategies():
             # The Trainer takes text for one of its own names before it is taken for a class.
             kwargs["strategy"] = strategies()[name]()
+        chosen = list(self._get(self.config_init, "trainer").get("callbacks") or [])  # the Trainer adds to that list
         try:
             trainer = super().instantiate_trainer(**{**kwargs, **self.trainer_settings})
         except (MisconfigurationException, ValueError, TypeError) as error:
@@ -201,8 +205,12 @@ class CLI(LightningCLI):
         # A plugin of the config's stays, and so do strategies (XLA) that bring their own way to files.
         if strategy._checkpoint_io is None and type(strategy).checkpoint_io is Strategy.checkpoint_io:
             strategy.checkpoint_io = WholeFiles()
+        watching: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        bar = trainer.progress_bar_callback
+        if bar is not None and not any(bar is callback for callback in chosen):
+            # Lightning's own counts batches of an epoch, which has no end here, and says nothing in a log.
+            watching[watching.index(bar)] = ProgressLine()
         if self.verb == "fit":
-            watching: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
             if not any(isinstance(c, Interruption) for c in watching):
                 watching.append(Interruption(command=self.command))
             watching.append(Whereabouts())

@@ -64,7 +64,7 @@ class Material:
 
 
 class Counter(Protocol):
-    """Told of everything that is done; see ``muybridge.cli.progress``."""
+    """Told of everything that is done; see ``muybridge.progress``."""
 
     def advance(self, count: int = 1) -> None:
         """So many more are done."""

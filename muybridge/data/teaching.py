@@ -45,7 +45,7 @@ class TeacherPath:
 
 
 class Counter(Protocol):
-    """Told of everything that is done; see ``muybridge.cli.progress``."""
+    """Told of everything that is done; see ``muybridge.progress``."""
 
     def advance(self, count: int = 1) -> None:
         """So many more are done."""

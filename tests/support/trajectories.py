@@ -11,10 +11,10 @@ import torch
 from datamodules.trajectories import TrajectoryData
 from lightning_modules import Sampling, TrajectoryDistillation
 from muybridge.backbones import Causal, Pretrained, load
-from muybridge.cli.progress import Progress
 from muybridge.data.cache import Share
 from muybridge.data.teaching import TeacherPath, kept_times, write_trajectories
 from muybridge.losses import TrajectoryRegression
+from muybridge.progress import Progress
 
 SIZE = (9, 16, 16)
 STEPS = [1000.0, 750.0, 500.0]

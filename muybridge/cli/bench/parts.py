@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
-from muybridge.cli.progress import duration
 from muybridge.errors import UsageError
+from muybridge.progress import duration
 from muybridge.whole import write_text
 
 THOUGHT = 20.0

@@ -29,7 +29,7 @@ def attribute(
         parts: ``train``, ``query``, or both.
     """
     from callbacks.gradient_capture import GradientCapture
-    from muybridge.cli.progress import Progress
+    from muybridge.progress import Progress
 
     found = [callback for callback in trainer.callbacks if isinstance(callback, GradientCapture)]
     if len(found) > 1:

@@ -141,8 +141,8 @@ def encode(job: Job, share: Any, local: int) -> None:
     import torch
 
     from muybridge.backbones.base import ALL_COMPONENTS
-    from muybridge.cli.progress import Progress
     from muybridge.data.encoding import encode_clips, encode_texts, weigh_clips
+    from muybridge.progress import Progress
 
     backbone, first = job.backbone, share.rank == 0
     # A config for training from this cache may already say that the denoiser is all it loads.

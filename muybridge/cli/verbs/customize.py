@@ -302,7 +302,7 @@ class Videos:
         from datamodules.prompts import prompt_id
         from muybridge.backbones.adapters import disabled, load_adapter
         from muybridge.cli.devices import open_model
-        from muybridge.cli.progress import Progress
+        from muybridge.progress import Progress
         from muybridge.video import contact_sheet, to_frames, write_image, write_video
 
         backbone = open_model(self.model, self.dtype, self.device)

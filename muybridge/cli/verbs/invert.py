@@ -53,10 +53,10 @@ def invert(
 
     from muybridge.backbones import pick_family
     from muybridge.cli.devices import open_model
-    from muybridge.cli.progress import Progress
     from muybridge.customization.inverted import How, Inverted, about, invert_clip, refuse_other, write_inverted
     from muybridge.customization.references import clip_size, list_references, read_reference, spoken
     from muybridge.diffusion.inversion import calls, check_method, ladder, usual_refinements
+    from muybridge.progress import Progress
 
     how = How(steps, order, usual_refinements(order) if refinements is None else refinements, guidance)
     described = pick_family(model)(path=model)

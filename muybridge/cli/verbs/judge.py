@@ -27,8 +27,8 @@ def judge(
             those.
         out: Write the table to this JSON file.
     """
-    from muybridge.cli.progress import Progress
     from muybridge.data.sources import list_clips
+    from muybridge.progress import Progress
     from muybridge.proving_ground.score_files import read_scores, write_scores
     from muybridge.proving_ground.scoring import read_clips
     from muybridge.video import frame_count, read_frames

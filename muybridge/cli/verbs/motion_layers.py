@@ -45,10 +45,10 @@ def motion_layers(
 
     from muybridge.backbones import pick_family
     from muybridge.cli.devices import open_model
-    from muybridge.cli.progress import Progress
     from muybridge.customization.references import clip_size, list_references, read_reference
     from muybridge.customization.retrieval import Key, as_regex, best_layers, describe, retrieve
     from muybridge.errors import UsageError
+    from muybridge.progress import Progress
     from muybridge.proving_ground.captions import split_caption
     from muybridge.whole import write_text
 

@@ -70,13 +70,13 @@ def probe(
 
     from muybridge.backbones import pick_family
     from muybridge.cli.devices import open_model
-    from muybridge.cli.progress import Progress
     from muybridge.customization import report
     from muybridge.customization.inverted import How
     from muybridge.customization.probe import SWAPS, Settings, marks, network_steps, probe_clip, target_caption
     from muybridge.customization.references import clip_size, list_references, read_reference
     from muybridge.customization.scores import check_alignment, make_alignment
     from muybridge.diffusion.inversion import check_method, ladder, usual_refinements
+    from muybridge.progress import Progress
 
     unknown = [s for s in swaps if s not in SWAPS]
     if unknown or not swaps or len(set(swaps)) < len(swaps):

@@ -66,7 +66,7 @@ def proving_ground(
         as_usual(partial)
         print(f"untrained pipeline: {settle(partial, final)}")
         return
-    from muybridge.cli.progress import Progress
+    from muybridge.progress import Progress
     from muybridge.proving_ground.files import write_clips
     from muybridge.proving_ground.scene import World
 

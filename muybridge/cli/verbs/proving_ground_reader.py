@@ -14,8 +14,8 @@ def proving_ground_reader(*, out: str = "runs/reader", clips: int = 12000, teste
         tested: Clips of each world that it is tested on, as drawn and damaged.
         seed: Of the clips, the weights and the order.
     """
-    from muybridge.cli.progress import Progress
     from muybridge.errors import UsageError
+    from muybridge.progress import Progress
     from muybridge.proving_ground.reader_training import make
 
     if clips < 200 or tested < 1:

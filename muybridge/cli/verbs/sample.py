@@ -65,7 +65,7 @@ def make(
     """Make what is missing, then the sheet of all."""
     from callbacks.samples import Samples
     from muybridge.batch import Batch
-    from muybridge.cli.progress import Progress
+    from muybridge.progress import Progress
     from muybridge.video import contact_sheet, frame_count, read_frames, write_image
 
     writer = Samples(format=format)

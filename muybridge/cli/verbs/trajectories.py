@@ -41,11 +41,11 @@ def trajectories(
 
     from datamodules.prompts import read_prompts
     from lightning_modules.trajectory import TrajectoryDistillation
-    from muybridge.cli.progress import Progress
     from muybridge.data.cache import Cache, Share
     from muybridge.data.teaching import kept_times, write_trajectories
     from muybridge.data.trajectories import Trajectories
     from muybridge.diffusion.conditioning import Conditioning
+    from muybridge.progress import Progress
 
     if not isinstance(model, TrajectoryDistillation):
         raise UsageError(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from muybridge.cli.progress import Progress, duration
+from muybridge.backbones import load
+from muybridge.progress import Progress, duration
 
 
 class Clock:
@@ -59,3 +63,36 @@ def test_other_ranks_and_empty_work_say_nothing(total: int, show: bool) -> None:
     with Progress("clips", total, show=show, stream=out) as progress:
         progress.advance(total)
     assert out.getvalue() == ""
+
+
+def test_what_was_done_before_says_nothing_of_the_pace() -> None:
+    clock, out = Clock(), io.StringIO()
+    with Progress("updates", 200, every=1, stream=out, clock=clock, done=100) as progress:
+        clock.now += 10
+        progress.note = "loss 0.5"
+        progress.advance(5)
+    assert out.getvalue().splitlines()[0] == "updates 105 of 200, 2.0 s each, 3 min left, loss 0.5"
+
+
+def test_what_has_no_known_end_has_no_time_left() -> None:
+    clock, out = Clock(), io.StringIO()
+    with Progress("updates", None, every=1, stream=out, clock=clock, ends=False) as progress:
+        clock.now += 10
+        progress.advance(5)
+    assert out.getvalue() == "updates 5, 2.0 s each\n"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_libraries_draw_their_bars_on_terminals_alone(
+    terminal: bool, tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers.utils import logging
+    from transformers.utils import logging as other
+
+    stream = Terminal() if terminal else io.StringIO()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", stream)
+        load(str(tiny_checkpoint("wan")), max_text_length=16).encode_text(["a dog"])
+    assert ("Loading" in stream.getvalue()) is terminal
+    assert logging.is_progress_bar_enabled()
+    assert other.is_progress_bar_enabled()
