@@ -278,6 +278,8 @@ def run_job(verb: str, arguments: list[str]) -> int:
     """Parse and run."""
     # Lightning 2.6 asks torch 2.13's pytrees in a way that these call deprecated; nothing a user could change.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", module="lightning.*")
+    # Of jobs that update two roles; what they have learnt is just what a checkpoint is to hold.
+    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_about_the_run)
     arguments, files = resolve_configs(verb, arguments)
     places.append_to_path([*(f.parent for f in files), Path.cwd()])
