@@ -113,6 +113,20 @@ def datamodelling(values: np.ndarray, subsets: np.ndarray, losses: np.ndarray) -
     return np.array([rank_correlation(foretold[:, q], -losses[:, q]) for q in range(queries)])
 
 
+def shuffled(
+    values: np.ndarray, subsets: np.ndarray, losses: np.ndarray, draws: int = 200, seed: int = 0
+) -> np.ndarray:
+    """What :func:`datamodelling` comes to by chance, mean over queries, (draws,): clips have one another's scores.
+
+    Scores keep all that they have in common over queries, and so does what the models have in common. So these are as far apart
+    as scores that know nothing of the clips would be.
+    """
+    generator = np.random.default_rng(seed)
+    return np.array(
+        [datamodelling(values[generator.permutation(len(values))], subsets, losses).mean() for _ in range(draws)]
+    )
+
+
 def best_first(values: np.ndarray) -> np.ndarray:
     """Places of the clips from the highest score to the lowest, for each query, (clips, queries); equal ones as they come."""
     return np.argsort(-values, axis=0, kind="stable")

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from muybridge.attribution.checks import datamodelling, length_bias, ndcg, precision
+from muybridge.attribution.checks import datamodelling, length_bias, ndcg, precision, shuffled
 from muybridge.cli.bench.questions import held_out_choice
 from muybridge.errors import UsageError
 
@@ -32,6 +32,20 @@ def test_the_datamodelling_score_is_one_where_scores_are_the_truth_and_nothing_b
     assert noisy == pytest.approx(1 / math.sqrt(5), abs=0.08)
     with pytest.raises(UsageError, match="3 models or more"):
         datamodelling(truth, subsets[:2], losses[:2])
+
+
+def test_shuffled_clips_foretell_nothing_on_average_and_their_spread_is_that_of_chance() -> None:
+    generator = np.random.default_rng(0)
+    subsets = generator.random((40, 60)) < 0.5
+    # One score for all queries and one loss: what they have in common is not averaged away by there being many queries.
+    values, effect = (np.repeat(generator.standard_normal((60, 1)), 30, 1) for _ in range(2))
+    common = shuffled(values, subsets, -(subsets @ effect))
+    assert abs(common.mean()) < 4 * common.std() / len(common) ** 0.5
+    assert common.std() == pytest.approx(1 / 39**0.5, rel=0.25)
+    values, effect = (generator.standard_normal((60, 30)) for _ in range(2))
+    own = shuffled(values, subsets, -(subsets @ effect))
+    assert own.std() < 0.5 * common.std()
+    assert datamodelling(effect, subsets, -(subsets @ effect)).mean() == 1.0 > own.max()
 
 
 def test_precision_and_ndcg_of_known_rankings() -> None:

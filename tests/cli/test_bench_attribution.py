@@ -13,7 +13,7 @@ import pytest
 from muybridge.attribution.influence import Scores
 from muybridge.attribution.store import InfluenceStore
 from muybridge.cli.bench.methods import Setting
-from muybridge.cli.bench.questions import LOSSES, Question, methods
+from muybridge.cli.bench.questions import BY_CHANCE, LOSSES, WEIGHTED, Question, methods
 from muybridge.data.selection import read_selection
 from muybridge.proving_ground import MOTIONS
 from muybridge.proving_ground.files import write_clips
@@ -73,7 +73,8 @@ def test_scores_that_know_what_training_does_foretell_it(tmp_path: Path) -> None
         pq.write_table(pa.table({"id": queries, **values}), one.folder(number) / "losses.parquet")
     scores = Scores(one.candidates, queries, truth)
     worse = replace(scores, values=-truth)
-    rows = one.foretold({"truth": scores, "x, kernel λ = 1": worse, "x, kernel λ = 2": scores})
+    rows = one.foretold({"truth": scores, "x, kernel λ = 1": worse, "x, kernel λ = 2": scores, WEIGHTED: scores})
+    assert all(0.0 < rows[BY_CHANCE][heading] < 1.0 for heading in LOSSES.values())
     assert rows["truth"] == {LOSSES["Denoising"]: 1.0, LOSSES["MotionWeightedDenoising"]: -1.0}
     assert rows["x, kernel"] == {LOSSES["Denoising"]: 1.0, LOSSES["MotionWeightedDenoising"]: 1.0}, (
         "the better of the two"

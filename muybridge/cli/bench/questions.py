@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from muybridge.attribution.checks import datamodelling, ndcg, precision
+from muybridge.attribution.checks import datamodelling, ndcg, precision, shuffled
 from muybridge.attribution.influence import Scores, influence, sweep
 from muybridge.attribution.selecting import how_many, rank, similarity
 from muybridge.attribution.store import InfluenceStore
@@ -41,6 +41,9 @@ CAPTIONLESS = "-captionless"
 """The same without captions: words name the motion, so that a gradient may have read rather than seen it."""
 LOSSES = {"Denoising": "loss", "MotionWeightedDenoising": "loss where it moves"}
 """What is measured of a query under a model that was trained on a half of the clips, and headings."""
+WEIGHTED = "motion-weighted attribution"
+BY_CHANCE = f"{WEIGHTED}, clips shuffled: 95 of 100 draws are below"
+"""How well scores foretell that know nothing of the clips."""
 DAMPINGS = (0.1, 1.0, 10.0, 100.0)
 SHOWN_DAMPING = 10.0
 """What `muybridge select` takes by itself; what a kernel finds is shown under this one."""
@@ -308,7 +311,7 @@ class Question:
         found: dict[str, Scores] = {}
         for name in STORES:
             store = InfluenceStore(self.attribution.root / name)
-            said = f"{'motion-weighted' if name == 'motion' else 'whole-video'} attribution"
+            said = WEIGHTED if name == "motion" else "whole-video attribution"
             found[said] = influence(store)
             found[f"{said}, centred"] = influence(store, centre=True)
             for damping, scores in zip(DAMPINGS, sweep(store, dampings=DAMPINGS), strict=True):
@@ -363,7 +366,10 @@ class Question:
         return rows
 
     def foretold(self, scores: dict[str, Scores]) -> dict[str, dict[str, float]]:
-        """The linear datamodelling score, mean over queries; λ of a kernel is chosen on the other half of the queries."""
+        """The linear datamodelling score, mean over queries, and what chance stays below.
+
+        λ of a kernel is chosen on the other half of the queries.
+        """
         import pyarrow.parquet as pq
 
         one = next(iter(scores.values()))
@@ -378,6 +384,9 @@ class Question:
             for name, values in each.items():
                 if ", kernel" not in name:
                     rows.setdefault(name, {})[heading] = float(values.mean())
+            if WEIGHTED in scores:
+                draws = shuffled(scores[WEIGHTED].values, subsets, losses, seed=self.setting.seed)
+                rows.setdefault(BY_CHANCE, {})[heading] = float(np.quantile(draws, 0.95))
             for kind in dict.fromkeys(name.partition(", kernel")[0] for name in each if ", kernel" in name):
                 swept = np.array([v for name, v in each.items() if name.startswith(f"{kind}, kernel")])
                 rows.setdefault(f"{kind}, kernel", {})[heading] = held_out_choice(swept)
