@@ -320,6 +320,8 @@ def parts(out: Path) -> int:
 def stop_midway(config: str, out: Path, number: int, shard_mib: float, ready: Callable[[], bool]) -> int:
     """Start the command in a process of its own, and send it a signal once there is something to lose."""
     command = [sys.executable, "-m", "muybridge", "cache", "-c", config, "--out", str(out), f"--shard_mib={shard_mib}"]
+    # On a busy machine the one that sends the signal goes first, or there is nothing left to stop.
+    command = ["nice", "-n", "5", *command]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=out.parent)
     deadline = time.monotonic() + 90
@@ -333,7 +335,7 @@ def stop_midway(config: str, out: Path, number: int, shard_mib: float, ready: Ca
 
 
 def test_a_stopped_run_is_gone_on_with_and_nothing_is_lost_or_doubled(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
-    count, out = 100, tmp_path / "cache"
+    count, out = 120, tmp_path / "cache"
     config = write_config(tmp_path, tiny_checkpoint("wan"), copies(tmp_path / "videos", count))
     row = 1e-4  # MiB: every shard holds one row
     assert stop_midway(config, out, signal.SIGKILL, row, lambda: parts(out) >= 5) == -signal.SIGKILL
