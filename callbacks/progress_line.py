@@ -14,6 +14,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from muybridge.errors import UsageError
 from muybridge.progress import Progress
 
+LOG = logging.getLogger("lightning.pytorch")
+
 
 def finite(count: float) -> Optional[int]:
     """None for what never ends."""
@@ -68,12 +70,12 @@ class ProgressLine(ProgressBar):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Make way for what Lightning logs."""
         super().setup(trainer, pl_module, stage)
-        for handler in logging.getLogger("lightning.pytorch").handlers:
+        for handler in LOG.handlers:
             handler.addFilter(self.clear)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """The log is Lightning's again."""
-        for handler in logging.getLogger("lightning.pytorch").handlers:
+        for handler in LOG.handlers:
             handler.removeFilter(self.clear)
 
     def clear(self, record: object = None) -> bool:
@@ -84,9 +86,10 @@ class ProgressLine(ProgressBar):
         return True
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """What is said of it begins a line."""
+        """What is said of it begins a line; there is no teardown after it."""
         self.clear()
         self._training = self._checking = None
+        self.teardown(trainer, pl_module, "")
 
     # -- training --------------------------------------------------------------------------------------------------------
 
@@ -101,13 +104,15 @@ class ProgressLine(ProgressBar):
         """Nothing new while gradients add up."""
         line = self._training
         if line is not None and trainer.global_step > line.done:
-            line.note = metrics(trainer.progress_bar_metrics)
+            if line.due:
+                # Reading a metric waits for the GPU.
+                line.note = metrics(trainer.progress_bar_metrics)
             line.advance(trainer.global_step - line.done)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say how long it took."""
         if self._training is not None:
-            self._training.__exit__()
+            self._training.close()
         self._training = None
 
     # -- everything else -------------------------------------------------------------------------------------------------
@@ -116,49 +121,30 @@ class ProgressLine(ProgressBar):
         self.clear()
         self._checking = Progress(label, total(counts), self.shown, self.every, ends=ends)
 
-    def _advance(self) -> None:
-        if self._checking is not None:
-            self._checking.advance()
-
-    def _end(self) -> None:
-        if self._checking is not None:
-            self._checking.__exit__()
-        self._checking = None
-
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Inside a training it comes and goes."""
         alone = trainer.state.fn != TrainerFn.FITTING
         counts = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
         self._begin("validation batches", counts, ends=alone)
 
-    def on_validation_batch_end(self, *arguments: Any, **options: Any) -> None:
-        """One more."""
-        self._advance()
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """That was all."""
-        self._end()
-
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count its batches."""
         self._begin("test batches", trainer.num_test_batches)
-
-    def on_test_batch_end(self, *arguments: Any, **options: Any) -> None:
-        """One more."""
-        self._advance()
-
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """That was all."""
-        self._end()
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count its batches."""
         self._begin("batches", trainer.num_predict_batches)
 
-    def on_predict_batch_end(self, *arguments: Any, **options: Any) -> None:
+    def on_validation_batch_end(self, *arguments: Any, **options: Any) -> None:
         """One more."""
-        self._advance()
+        if self._checking is not None:
+            self._checking.advance()
 
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """That was all."""
-        self._end()
+        if self._checking is not None:
+            self._checking.close()
+        self._checking = None
+
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+    on_test_end = on_predict_end = on_validation_end

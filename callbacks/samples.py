@@ -138,4 +138,4 @@ class SamplingBar:
 
     def __exit__(self, *exception: object) -> None:
         if self.line is not None:
-            self.line.__exit__()
+            self.line.close()

@@ -69,10 +69,15 @@ class Progress:
                 text += f", {duration(max(0, self.total - self.done) / rate)} left"
         return f"{text}, {self.note}" if self.note else text
 
+    @property
+    def due(self) -> bool:
+        """Whether the next advance says something: a note that is costly to make is needed only then."""
+        return self.show and self.clock() - self._said >= self.every
+
     def advance(self, count: int = 1) -> None:
         """So many more are done."""
         self.done += count
-        if self.clock() - self._said >= self.every:
+        if self.due:
             self._say()
 
     def clear(self) -> None:
@@ -84,8 +89,7 @@ class Progress:
 
     def _say(self) -> None:
         self._said = self.clock()
-        if self.show:
-            self._write(self.text(), "" if self.live else "\n")
+        self._write(self.text(), "" if self.live else "\n")
 
     def _write(self, text: str, end: str) -> None:
         if self.live:
@@ -101,6 +105,10 @@ class Progress:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Say the end, or nothing."""
         if not self.show or self.total == 0:
             return
         if self.ends:

@@ -96,3 +96,16 @@ def test_libraries_draw_their_bars_on_terminals_alone(
     assert ("Loading" in stream.getvalue()) is terminal
     assert logging.is_progress_bar_enabled()
     assert other.is_progress_bar_enabled()
+
+
+def test_a_note_is_needed_only_where_a_line_is_due() -> None:
+    clock = Clock()
+    line = Progress("updates", 10, every=30, stream=io.StringIO(), clock=clock)
+    assert not line.due
+    clock.now += 30
+    assert line.due
+    line.advance()
+    assert not line.due
+    clock.now += 30
+    line.show = False
+    assert not line.due, "nor where nothing is said"

@@ -14,6 +14,7 @@ import pytest
 from support.jobs import finetuning, latents_for, trainer
 
 from callbacks import ProgressLine
+from callbacks.progress_line import LOG
 from muybridge.errors import UsageError
 
 Tiny = Callable[[str], Path]
@@ -110,6 +111,34 @@ def test_a_terminal_has_one_line_and_what_is_logged_its_own(
         assert len(before) < 30
         assert (cleared.strip(), len(cleared)) == ("", len(before))
         assert message == "something"
+
+
+def test_metrics_are_read_only_for_a_line_and_an_error_leaves_the_log_as_it_was(
+    tiny_checkpoint: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading one waits for the GPU."""
+    reads: list[int] = []
+    real = vars(pl.Trainer)["progress_bar_metrics"].fget
+
+    def counted(self: pl.Trainer) -> Any:
+        reads.append(1)
+        return real(self)
+
+    monkeypatch.setattr(pl.Trainer, "progress_bar_metrics", property(counted))
+    wan = tiny_checkpoint("wan")
+    before = [list(handler.filters) for handler in LOG.handlers]
+    said(monkeypatch, io.StringIO(), wan, tmp_path, max_steps=3, limit_val_batches=0, line=ProgressLine(every=1e9))
+    assert not reads
+    said(monkeypatch, io.StringIO(), wan, tmp_path, max_steps=3, limit_val_batches=0)
+    assert len(reads) == 3
+
+    class Fails(ProgressLine):
+        def on_train_batch_start(self, *rest: Any) -> None:
+            raise RuntimeError("of the user")
+
+    with pytest.raises(RuntimeError, match="of the user"):
+        said(monkeypatch, io.StringIO(), wan, tmp_path, max_steps=3, line=Fails())
+    assert [list(handler.filters) for handler in LOG.handlers] == before
 
 
 def test_ranks_that_say_nothing_and_bad_settings(tmp_path: Path) -> None:

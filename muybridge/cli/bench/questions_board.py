@@ -34,6 +34,7 @@ class Board:
             motion: Scoreboard([q.asked(motion) for q in self.questions], methods, command) for motion in motions
         }
         self._scores: dict[int, dict[str, Scores]] = {}
+        self._foretold: dict[int, dict[str, dict[str, float]]] = {}
 
     def scores(self, question: Question) -> dict[str, Scores]:
         """All scores of a seed, computed once."""
@@ -41,6 +42,13 @@ class Board:
         if seed not in self._scores:
             self._scores[seed] = question.scores()
         return self._scores[seed]
+
+    def foretold(self, question: Question) -> dict[str, dict[str, float]]:
+        """What one seed's scores foretell, worked out once: a board is written after every part."""
+        seed = question.setting.seed
+        if seed not in self._foretold:
+            self._foretold[seed] = question.foretold(self.scores(question))
+        return self._foretold[seed]
 
     def attributed(self) -> list[Question]:
         """Those whose gradients are all there."""
@@ -65,7 +73,7 @@ class Board:
         data = {
             "about": self.about(),
             "found": gathered([q.found(self.scores(q)) for q in attributed]),
-            "foretold": gathered([q.foretold(self.scores(q)) for q in retrained]),
+            "foretold": gathered([self.foretold(q) for q in retrained]),
             "given": {motion: board.entries() for motion, board in self.boards.items()},
             "checks": {
                 file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(checks.glob("*.json"))
