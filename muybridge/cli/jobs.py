@@ -280,6 +280,9 @@ def run_job(verb: str, arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", module="lightning.*")
     # Of jobs that update two roles; what they have learnt is just what a checkpoint is to hold.
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+    if verb != "fit":
+        # Which checkpoints an earlier run thought best matters where further ones are written only.
+        warnings.filterwarnings("ignore", message="The dirpath has changed")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_about_the_run)
     arguments, files = resolve_configs(verb, arguments)
     places.append_to_path([*(f.parent for f in files), Path.cwd()])

@@ -37,7 +37,12 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("name", ["wan", "cogvideox", "latte", "unet3d", "hunyuan", "ltx", "mochi", "animatediff"])
 def test_a_tiny_config_goes_from_clips_to_a_pipeline(
-    name: str, command: Command, tiny_options: Options, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
+    name: str,
+    command: Command,
+    tiny_options: Options,
+    tmp_path: Path,
+    tiny_checkpoint: Callable[[str], Path],
+    recwarn: pytest.WarningsRecorder,
 ):
     options = [*tiny_options(name), *SHORT]
     assert command("fit", *options).code == 0
@@ -61,6 +66,7 @@ def test_a_tiny_config_goes_from_clips_to_a_pipeline(
     trained = {n.removeprefix("backbone."): w for n, w in weights(last).items()}
     assert same(trained, dict(load("exported").named_parameters()))
     assert not same(trained, dict(load(str(tiny_checkpoint(name))).named_parameters()))
+    assert not [w for w in recwarn if "dirpath" in str(w.message)], "these verbs write no checkpoints"
 
     resumed = command("fit", *options, "--trainer.max_steps=5", "--ckpt_path=last")
     assert resumed.code == 0
