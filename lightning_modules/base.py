@@ -266,7 +266,8 @@ class DiffusionModule(pl.LightningModule, ABC):
         return "text_encoder" in backbone.components or cached or prompt in backbone.given_texts
 
     def check_prompts(self, prompts: Sequence[str], sampling: Sampling) -> None:
-        """Refuse to promise videos of prompts that nothing can encode."""
+        """Refuse to promise videos of prompts that nothing can encode, or in steps that the model does not have."""
+        self.sampled.steps_of(sampling.steps)
         branch = [sampling.negative_prompt] if sampling.guidance != 1.0 else []
         lost = [p for p in (*prompts, *branch) if not self.can_encode(self.sampled, p)]
         if lost:

@@ -145,6 +145,22 @@ class MotionCustomization(Finetuning):
             if len(getattr(clips, "clips", ())) <= MANY and hasattr(clips, "reading"):
                 check_files(clips.clips, list(clips.buckets), clips.reading)
 
+    def on_train_start(self) -> None:
+        """Encode the few texts of the whole run, and give the text encoder's memory back: it may be several times the network's."""
+        data = getattr(self.trainer, "datamodule", None)
+        sets = getattr(data, "_sets", {}).values()
+        captions = {clip.caption or "" for clips in sets for clip in getattr(clips, "clips", ())}
+        if not 0 < len(captions) <= MANY or "text_encoder" not in self.backbone.components or self._cache is not None:
+            return
+        shown = [prompt for callback in self.trainer.callbacks for prompt in getattr(callback, "prompts", ())]
+        wanted = sorted(captions | set(shown))
+        self.text(Batch(ids=wanted, prompts=wanted), self.backbone)
+        if self.caption_dropout > 0.0:
+            self.backbone.unconditional()
+        if shown and self.sampling.guidance != 1.0:
+            self.backbone.unconditional(self.sampling.negative_prompt)
+        self.backbone.release("text_encoder")
+
     def clean_latents(self, batch: Batch, backbone: Backbone) -> Tensor:
         """The references' latents, encoded once."""
         blank = batch.present is not None and not bool(batch.present.all())

@@ -16,6 +16,7 @@ from muybridge.backbones.adapters import LoRA, adapter_parameters, check_lora, d
 from muybridge.backbones.base import Backbone
 from muybridge.backbones.causal import bidirectional
 from muybridge.batch import Batch
+from muybridge.diffusion.conditioning import Conditioning
 from muybridge.errors import UsageError
 from muybridge.export import export_pipeline
 
@@ -98,6 +99,19 @@ class ThreeRoles(TwoOptimizers):
             if role != "student":
                 switched.enter_context(bidirectional(backbone))
             yield backbone
+
+    @property
+    def speaker(self) -> Backbone:
+        """Whose text encoder serves all roles, so that memory holds one; they are checked to mean the same by a text."""
+        roles = (self.teacher, self.student, self.critic)
+        return next((role for role in roles if "text_encoder" in role.components), self.teacher)
+
+    def text(self, batch: Batch, backbone: Backbone) -> Conditioning:
+        """The batch's conditioning, encoded by the speaker whoever asks."""
+        return super().text(batch, self.speaker).to(backbone.device)
+
+    def can_encode(self, backbone: Backbone, prompt: str) -> bool:
+        return super().can_encode(backbone, prompt) or super().can_encode(self.speaker, prompt)
 
     def check_roles(self) -> None:
         """Refuse roles that do not go together."""

@@ -21,6 +21,7 @@ from muybridge.diffusion.draws import keyed_generator
 from muybridge.diffusion.samplers import check_steps
 from muybridge.diffusion.steps import TrajectoryStep
 from muybridge.errors import UsageError
+from muybridge.export import export_pipeline
 from muybridge.losses import Loss
 
 
@@ -217,3 +218,15 @@ class TrajectoryDistillation(Finetuning):
             "trajectories: data TrajectoryData",
             "write them with `muybridge trajectories` and this config",
         )
+
+    # -- out -------------------------------------------------------------------------------------------------------
+
+    def export(self, out: str) -> list[str]:
+        """The student as a diffusers pipeline directory whose scheduler holds its steps, or the adapter's own files.
+
+        A run that kept an average exports the average.
+        """
+        if self.adapter is not None:
+            return super().export(out)
+        with self.averaged():
+            return [str(export_pipeline(self.backbone, out, self.steps))]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from muybridge.backbones.base import Backbone
-from muybridge.backbones.checkpoint import Checkpoint
+from muybridge.backbones.checkpoint import Checkpoint, is_variant
 from muybridge.backbones.comfy import FAMILIES
 from muybridge.errors import UsageError
 from muybridge.few_step_scheduler import write_scheduler
@@ -60,7 +60,9 @@ def export_pipeline(backbone: Backbone, out: str, steps: Optional[Sequence[float
     def few_steps(partial: Path, index: dict[str, Any]) -> None:
         if steps is not None:
             trained = backbone.checkpoint.config("scheduler")
-            index["scheduler"] = write_scheduler(partial / "scheduler", backbone.schedule, trained, steps)
+            index["scheduler"] = write_scheduler(
+                partial / "scheduler", backbone.schedule, trained, steps, backbone.lays_own_levels
+            )
 
     return replace_parts(backbone.checkpoint, dict(backbone.networks), out, few_steps)
 
@@ -86,7 +88,7 @@ def replace_parts(
     index = dict(checkpoint.index)
     for name in others:
         if (source / name).is_dir():
-            shutil.copytree(source / name, partial / name)
+            shutil.copytree(source / name, partial / name, ignore=lambda _, files: [f for f in files if is_variant(f)])
     for name, network in parts.items():
         network.save_pretrained(partial / name, safe_serialization=True)
         as_usual(partial / name)

@@ -1,9 +1,11 @@
 """Schedulers that hold a student's steps as it was trained with them, for pipelines that others load.
 
-Pipelines ask a scheduler for a number of steps and it lays them out itself; few-step schedulers of diffusers lay them out
+Most pipelines ask a scheduler for a number of steps and it lays them out itself; few-step schedulers of diffusers lay them out
 under the family's shift, which trained steps are under already. For flow models whose steps are those of some shift, diffusers'
-own Euler scheduler with two numbers solved for gives exactly these. For all others the directory carries a scheduler of
-its own, whose code lies beside its configuration.
+own Euler scheduler with two numbers solved for gives exactly these. For all others, and for families whose pipelines hand the
+scheduler noise levels of their own, the directory carries a scheduler whose code lies beside its configuration.
+
+Either way the configuration says which steps were trained and what the family's own shift is.
 """
 
 from __future__ import annotations
@@ -15,10 +17,24 @@ from typing import Any, Optional
 
 import torch
 
-from muybridge.backbones.noise import _COGVIDEOX, _OTHERS
+from muybridge.backbones.noise import _COGVIDEOX, _OTHERS, TRAINED_SHIFT, TRAINED_STEPS
 from muybridge.diffusion.schedules import T_MAX, FlowSchedule, NoiseSchedule
 
 MODULE, CLASS = "few_step", "FewStepScheduler"
+
+FLOW_KEYS = (
+    "shift",
+    "flow_shift",
+    "use_flow_sigmas",
+    "invert_sigmas",
+    "use_dynamic_shifting",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+    "shift_terminal",
+)
+"""Of a flow model's scheduler, what its pipeline or whoever trains on reads."""
 
 CODE = '''"""Few-step sampling at trained steps: estimate the clean clip, add fresh noise for the next step, repeat."""
 
@@ -44,6 +60,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         trained_alphas: Share of the clip in the noisy latent at each.
         trained_sigmas: Share of the noise.
         prediction_type: flow_prediction, epsilon, v_prediction or sample.
+        invert_sigmas: The pipeline's network counts time from noise, and predicts the clip less the noise.
     The other arguments say how the teacher was trained, and are kept for whoever trains on.
     """
 
@@ -65,6 +82,13 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         snr_shift_scale=1.0,
         rescale_betas_zero_snr=False,
         use_flow_sigmas=None,
+        invert_sigmas=False,
+        use_dynamic_shifting=False,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+        shift_terminal=None,
     ):
         self.init_noise_sigma = 1.0
         self.begin_index = None
@@ -73,8 +97,10 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
     def set_begin_index(self, begin_index=0):
         self.begin_index = begin_index
 
-    def set_timesteps(self, num_inference_steps=None, device=None):
+    def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None):
         steps = self.config.trained_steps
+        if self.config.invert_sigmas:
+            steps = [self.config.num_train_timesteps - step for step in steps]
         whole = all(float(step).is_integer() for step in steps) and self.config.prediction_type != "flow_prediction"
         self.timesteps = torch.tensor(steps, dtype=torch.int64 if whole else torch.float32, device=device)
         self.alphas = torch.tensor(self.config.trained_alphas, dtype=torch.float32)
@@ -88,6 +114,8 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         at = int((self.timesteps.cpu().float() - float(timestep)).abs().argmin())
         alpha, sigma = self.alphas[at], self.sigmas[at]
         z, p, kind = sample.float(), model_output.float(), self.config.prediction_type
+        if self.config.invert_sigmas:
+            p = -p
         if kind == "flow_prediction":
             clean = (z - sigma * p) / (alpha + sigma)
         elif kind == "v_prediction":
@@ -146,7 +174,11 @@ def stock(steps: Sequence[float], tolerance: float = 1e-3) -> Optional[dict[str,
 
 
 def write_scheduler(
-    folder: Path, schedule: NoiseSchedule, trained: dict[str, Any], steps: Sequence[float]
+    folder: Path,
+    schedule: NoiseSchedule,
+    trained: dict[str, Any],
+    steps: Sequence[float],
+    lays_own_levels: bool = False,
 ) -> list[str]:
     """Write ``scheduler_config.json`` (and code, where it takes some); returns the entry of ``model_index.json``.
 
@@ -155,17 +187,22 @@ def write_scheduler(
         schedule: The family's noise schedule.
         trained: Configuration of the teacher's scheduler.
         steps: The student's times.
+        lays_own_levels: The family's pipeline hands its scheduler noise levels, rather than a number of steps.
     """
     folder.mkdir(exist_ok=True)
     for old in folder.iterdir():
         old.unlink()
-    config = stock(steps) if isinstance(schedule, FlowSchedule) else None
+    config = None
+    if isinstance(schedule, FlowSchedule) and not lays_own_levels:
+        config = stock(steps)
+        if config is not None:
+            config |= {TRAINED_STEPS: list(steps), TRAINED_SHIFT: schedule.shift}
     entry = ["diffusers", str(config["_class_name"])] if config is not None else [MODULE, CLASS]
     if config is None:
         t = schedule.snap(torch.tensor(list(steps), dtype=torch.float64))
         alphas, sigmas = schedule.coefficients(t)
         names = {"flow": "flow_prediction", "v": "v_prediction", "epsilon": "epsilon", "x0": "sample"}
-        keys = ("num_train_timesteps", "shift", "flow_shift", "use_flow_sigmas", *_OTHERS, "rescale_betas_zero_snr")
+        keys = (*FLOW_KEYS, *_OTHERS, "num_train_timesteps", "rescale_betas_zero_snr")
         defaults = _COGVIDEOX if str(trained.get("_class_name", "")).startswith("CogVideoX") else _OTHERS
         kept = {} if isinstance(schedule, FlowSchedule) else dict(defaults)
         config = {

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from muybridge.backbones.causal import Causal, check_causal, is_causal, stream
 from muybridge.backbones.checkpoint import Checkpoint
 from muybridge.backbones.geometry import Geometry
+from muybridge.backbones.noise import trained_steps
 from muybridge.diffusion import samplers
 from muybridge.diffusion.conditioning import Conditioning
 from muybridge.diffusion.predictions import guide
@@ -68,6 +69,8 @@ class Backbone(nn.Module, ABC):
     """Names of the four projections inside an attention module, as regexes."""
     per_frame_times: ClassVar[bool] = False
     """Whether :meth:`denoise` takes times of shape (B, F)."""
+    lays_own_levels: ClassVar[bool] = False
+    """Whether the family's pipeline hands its scheduler noise levels of its own, rather than a number of steps."""
     default_text_length: ClassVar[int]
 
     def __init__(
@@ -428,6 +431,23 @@ class Backbone(nn.Module, ABC):
 
     # -- sampling --------------------------------------------------------------------------------------------------
 
+    def steps_of(self, steps: int | Sequence[float]) -> int | Sequence[float]:
+        """What a sampler runs: of a few-step student's checkpoint its own times, and no other number of them.
+
+        Args:
+            steps: As for :meth:`sample`.
+        """
+        own = trained_steps(self.checkpoint.config("scheduler")) if isinstance(steps, int) else None
+        if own is None:
+            return steps
+        if steps != len(own):
+            raise UsageError(
+                f"{steps} steps of {self.checkpoint.given}, a student that was distilled to {len(own)}",
+                f"{len(own)} steps, which are {own}, or any list of times",
+                "ask for its own number, without guidance",
+            )
+        return own
+
     def inference_scheduler(self, steps: int, latents: Tensor) -> Any:
         """The checkpoint's own diffusers scheduler, set to ``steps`` timesteps."""
         import diffusers
@@ -486,8 +506,9 @@ class Backbone(nn.Module, ABC):
         Args:
             noise: Standard normal latents (B, C, F, H, W).
             conditioning: One per sample.
-            steps: A number runs the checkpoint's own scheduler for so many steps, as its diffusers pipeline would. A
-                list of falling times runs the few-step sampler that re-noises between them.
+            steps: A number runs the checkpoint's own scheduler for so many steps, as its diffusers pipeline would (of an
+                exported few-step student it is its own number). A list of falling times runs the few-step sampler that
+                re-noises between them.
             guidance: Standard guidance scale; 1 is none.
             unconditional: The other branch of guidance; the empty prompt where not given.
             generator: For the fresh noises of the few-step sampler, or of a scheduler that draws some, on the CPU.
@@ -530,6 +551,7 @@ class Backbone(nn.Module, ABC):
             generator: As for :meth:`sample`.
             on_step: As for :meth:`sample`.
         """
+        steps = self.steps_of(steps)
         if not isinstance(steps, int):
             return samplers.few_step(denoise, noise, self.schedule, steps, generator, on_step)
         scheduler = self.inference_scheduler(steps, noise)

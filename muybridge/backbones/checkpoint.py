@@ -15,6 +15,24 @@ from muybridge.registry import MODELS
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _TEXT_FILES = ("*.json", "*.txt", "*.model")
 """Configurations, and the vocabularies of tokenizers."""
+_WEIGHT_FILES = tuple(
+    f"{name}{part}.safetensors" for name in ("diffusion_pytorch_model", "model") for part in ("", "-*")
+)
+"""Weights as diffusers and transformers load them where no variant is asked for, whole or in parts."""
+_VARIANT = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)\.[\w-]+\.(?:safetensors|bin)(?:\.index\.json)?|.+\.index\.[\w-]+\.json"
+)
+
+
+def is_variant(name: str) -> bool:
+    """Whether a file holds a component's weights once more, in another precision (``model.fp16.safetensors``).
+
+    Nothing here loads these; what is downloaded, copied and compared passes over them.
+
+    Args:
+        name: The file's.
+    """
+    return _VARIANT.fullmatch(name) is not None
 
 
 def local_directory(path: str) -> Optional[Path]:
@@ -88,7 +106,7 @@ class Checkpoint:
         missing = [c for c in components if not self.is_local and self.has(c) and c not in self._fetched]
         if not missing:
             return self.path
-        patterns = [f"{c}/{files}" for c in missing for files in (*_TEXT_FILES, "*.safetensors")]
+        patterns = [f"{c}/{files}" for c in missing for files in (*_TEXT_FILES, *_WEIGHT_FILES, "*.py")]
         # The commit that the configuration came from: the repository may have moved on since.
         _download(self.given, patterns, revision=self.path.name)
         for component in missing:
@@ -97,8 +115,9 @@ class Checkpoint:
             if (folder / "config.json").is_file() and not any(folder.glob("*.safetensors")):
                 raise UsageError(
                     f"{self.given} gave no weights for its {component}",
-                    f"{component}/*.safetensors in the repository, and a connection to fetch them",
-                    "offline, or where it holds *.bin alone: download the whole repository and give the directory",
+                    f"one of {', '.join(_WEIGHT_FILES)} in the repository's {component}, and a connection to fetch it",
+                    "offline, or where it holds *.bin or another precision (fp16) alone: download the repository, save it"
+                    " once more with safe_serialization, and give the directory",
                 )
         self._fetched.update(missing)
         return self.path

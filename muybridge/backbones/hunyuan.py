@@ -31,6 +31,7 @@ class HunyuanVideo(Backbone):
     block_lists = ("transformer_blocks", "single_transformer_blocks")
     temporal_attention = r"(?:single_)?transformer_blocks\.\d+\.attn"
     text_tokens: ClassVar[Optional[Literal["first", "last"]]] = "last"
+    lays_own_levels = True
     default_text_length = 256
 
     def __init__(self, *args: Any, embedded_guidance: float = 6.0, **kwargs: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, Optional
 
@@ -88,8 +89,13 @@ class Latte(FrameWise):
 
     def inference_scheduler(self, steps: int, latents: Tensor) -> Any:
         """The checkpoint's own scheduler; one that wants the learned variance is refused, since it is dropped."""
+        import diffusers
+
         kind = self.checkpoint.config("scheduler").get("variance_type")
-        if kind in ("learned", "learned_range"):
+        scheduler = getattr(diffusers, self.checkpoint.class_of("scheduler"))
+        # Others (DDIM) have no such choice, and pass over the word.
+        chooses = "variance_type" in inspect.signature(scheduler.__init__).parameters
+        if chooses and kind in ("learned", "learned_range"):
             raise UsageError(
                 f"the checkpoint's scheduler has variance_type {kind!r}",
                 "a scheduler that needs no learned variance, such as DDIMScheduler",

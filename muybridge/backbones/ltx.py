@@ -32,6 +32,7 @@ class LTX(Backbone):
     temporal_attention = r"transformer_blocks\.\d+\.attn1"
     cross_attention: ClassVar[Optional[str]] = r"transformer_blocks\.\d+\.attn2"
     per_frame_times = True
+    lays_own_levels = True
     default_text_length = 128
 
     def __init__(self, *args: Any, frame_rate: float = 25.0, **kwargs: Any) -> None:

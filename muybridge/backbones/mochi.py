@@ -30,6 +30,7 @@ class Mochi(Backbone):
     block_lists = ("transformer_blocks",)
     temporal_attention = r"transformer_blocks\.\d+\.attn1"
     text_tokens: ClassVar[Optional[Literal["first", "last"]]] = "last"
+    lays_own_levels = True
     default_text_length = 256
 
     def _make_schedule(self, config: dict[str, Any]) -> NoiseSchedule:

@@ -6,7 +6,7 @@ one computed here is refused: noise of the wrong strength trains without complai
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Optional
 
 from muybridge.diffusion.predictions import Prediction
 from muybridge.diffusion.schedules import T_MAX, FlowSchedule, VPSchedule
@@ -14,6 +14,9 @@ from muybridge.errors import UsageError
 
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
 """diffusers' names of the variance-preserving predictions, and ours."""
+
+TRAINED_STEPS, TRAINED_SHIFT = "_trained_steps", "_trained_shift"
+"""What an exported few-step student adds to a configuration of diffusers' own scheduler, which passes over such names."""
 
 _COGVIDEOX = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "snr_shift_scale": 3.0}
 _OTHERS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "snr_shift_scale": 1.0}
@@ -75,4 +78,16 @@ def rectified_flow(config: dict[str, Any], shift: float | None = None) -> FlowSc
         raise _refuse(config, "use_flow_sigmas", "true: the network is a flow model")
     if config.get("prediction_type", "flow_prediction") != "flow_prediction":
         raise _refuse(config, "prediction_type", "flow_prediction: the network is a flow model")
-    return FlowSchedule(shift if shift is not None else float(config.get("flow_shift") or config.get("shift") or 1.0))
+    # An exported few-step student's scheduler has a shift that was solved for its steps, and the family's own beside it.
+    given = config.get(TRAINED_SHIFT) or config.get("flow_shift") or config.get("shift") or 1.0
+    return FlowSchedule(shift if shift is not None else float(given))
+
+
+def trained_steps(config: dict[str, Any]) -> Optional[list[float]]:
+    """The falling times of a few-step student that was exported here; ``None`` of any other model.
+
+    Args:
+        config: A scheduler configuration.
+    """
+    found = config.get("trained_steps") or config.get(TRAINED_STEPS)
+    return None if found is None else [float(step) for step in found]

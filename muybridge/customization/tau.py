@@ -31,7 +31,8 @@ KNOWN: dict[str, Known] = {
     "Latte": Known(700.0, (16, 512, 512), 7.5),
     "CogVideoX": Known(950.0, (49, 480, 720), 6.0),
     "Wan": Known(None, (81, 480, 832), 5.0),
-    "HunyuanVideo": Known(None, (61, 720, 1280), 6.0),
+    # Its usual 6 is embedded by the network; guidance of two calls a step would come on top.
+    "HunyuanVideo": Known(None, (61, 720, 1280), 1.0),
     "LTX": Known(None, (121, 512, 768), 3.0),
     "Mochi": Known(None, (19, 480, 848), 4.5),
     "AnimateDiff": Known(None, (16, 512, 512), 7.5),

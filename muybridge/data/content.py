@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from muybridge.backbones.base import Backbone
+from muybridge.backbones.checkpoint import is_variant
 from muybridge.errors import UsageError
 
 SAMPLES, SAMPLE_BYTES = 16, 64 * 2**10
@@ -45,7 +46,8 @@ def text_key(text: str) -> str:
 def _component_key(folder: Path) -> str:
     """Digest of a component's configuration (without the notes that libraries leave in it) and of its weights or vocabulary."""
     digest = hashlib.blake2b(digest_size=8)
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    found = [sorted(p for p in folder.glob(kind) if not is_variant(p.name)) for kind in ("*.safetensors", "*.bin")]
+    weights = found[0] or found[1]
     others = [] if weights else sorted(p for p in folder.iterdir() if p.is_file() and p.name != "config.json")
     if not weights and not others:
         raise UsageError(

@@ -705,13 +705,20 @@ def test_a_scheduler_that_does_not_belong_is_refused(tiny_checkpoint: Callable, 
 def test_a_learned_variance_is_refused_for_latte(tiny_checkpoint: Callable, tmp_path: Path) -> None:
     path = tmp_path / "latte"
     shutil.copytree(tiny_checkpoint("latte"), path)
+    index = json.loads((path / "model_index.json").read_text())
     file = path / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "variance_type": "learned_range"}))
-    backbone = load(str(path))
-    noise, c = CASES["latte"].noise(backbone), backbone.encode_text([PROMPT])
+
+    def sample(steps: object, scheduler: str) -> torch.Tensor:
+        (path / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", scheduler]}))
+        backbone = load(str(path))
+        noise, c = CASES["latte"].noise(backbone), backbone.encode_text([PROMPT])
+        return backbone.sample(noise, c, steps)  # type: ignore[arg-type]
+
     with pytest.raises(UsageError, match="learned_range"):
-        backbone.sample(noise, c, 4)
-    assert torch.isfinite(backbone.sample(noise, c, [1000.0, 500.0])).all()
+        sample(4, "DDPMScheduler")
+    assert torch.isfinite(sample([1000.0, 500.0], "DDPMScheduler")).all()
+    assert torch.isfinite(sample(4, "DDIMScheduler")).all(), "which has no such choice"
 
 
 def test_latte_with_a_temporal_decoder(tiny_checkpoint: Callable, tmp_path: Path) -> None:

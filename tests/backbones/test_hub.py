@@ -173,6 +173,87 @@ def test_keys_of_a_hub_id_are_those_of_its_directory(hub: Callable, tiny_checkpo
     assert text_encoder_key(backbone) == text_encoder_key(local)
 
 
+def test_weights_in_other_precisions_are_passed_over(hub: Callable, tmp_path: Path, tiny_checkpoint: Callable) -> None:
+    """A repository often holds all weights twice; nothing here loads the second."""
+    remote = hub("wan")
+    remote.source = tmp_path / "wan"
+    shutil.copytree(tiny_checkpoint("wan"), remote.source)
+    extra = []
+    for file in list(remote.source.rglob("*.safetensors")):
+        extra += [
+            file.with_name(f"{file.stem}.fp16.safetensors"),
+            file.with_name(f"{file.stem}.fp16-00001-of-2.safetensors"),
+        ]
+        extra += [file.with_name(f"{file.stem}.safetensors.index.fp16.json")]
+    assert len(extra) == 9
+    for file in extra:
+        file.write_text("{}")
+    backbone, plain = remote.open().materialize(), CASES["wan"].open(tiny_checkpoint("wan"))
+    assert (latents_key(backbone), text_encoder_key(backbone)) == (latents_key(plain), text_encoder_key(plain))
+    arrived = {file.name for file in remote.local.rglob("*.safetensors")}
+    assert len(arrived) == 2
+    assert not any("fp16" in name for name in arrived)
+    local = CASES["wan"].open(remote.source)
+    assert (latents_key(local), text_encoder_key(local)) == (latents_key(plain), text_encoder_key(plain))
+    out = export_pipeline(local, str(tmp_path / "out"))
+    assert not [file for file in out.rglob("*") if "fp16" in file.name]
+    assert len(list(out.rglob("*.safetensors"))) == 3
+
+
+def test_an_exported_student_on_the_hub_keeps_its_scheduler_s_code(
+    hub: Callable, tmp_path: Path, tiny_checkpoint: Callable
+) -> None:
+    remote = hub("cogvideox")
+    remote.source = export_pipeline(CASES["cogvideox"].open(tiny_checkpoint("cogvideox")), str(tmp_path / "s"), [999.0])
+    remote.repository = "somebody/student"
+    again = export_pipeline(Pretrained("somebody/student", max_text_length=32).materialize(), str(tmp_path / "again"))
+    assert {f.name for f in (again / "scheduler").iterdir()} == {"few_step.py", "scheduler_config.json"}
+
+
+def test_a_published_t5_s_vocabulary_is_read(tiny_checkpoint: Callable, tmp_path: Path) -> None:
+    """CogVideoX's and LTX's tokenizers are a sentencepiece model and no more; tiny ones otherwise take bytes."""
+    import sentencepiece
+
+    path = tmp_path / "cogvideox"
+    shutil.copytree(tiny_checkpoint("cogvideox"), path)
+    shutil.rmtree(path / "tokenizer")
+    (path / "tokenizer").mkdir()
+    text = tmp_path / "text"
+    text.write_text(
+        "\n".join(f"a {thing} runs to the {side}" for thing in ("dog", "horse") for side in ("left", "right"))
+    )
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(path / "tokenizer/spiece"),
+        vocab_size=40,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        hard_vocab_limit=False,
+    )
+    (path / "tokenizer/spiece.vocab").unlink()
+    settings = {
+        "tokenizer_class": "T5Tokenizer",
+        "extra_ids": 0,
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+    }
+    (path / "tokenizer/tokenizer_config.json").write_text(json.dumps(settings))
+    index = json.loads((path / "model_index.json").read_text())
+    index["tokenizer"] = ["transformers", "T5Tokenizer"]
+    (path / "model_index.json").write_text(json.dumps(index))
+    backbone = CASES["cogvideox"].open(path)
+    one, other = backbone.encode_text(["a dog runs to the left", "a horse runs to the left"]).text
+    assert torch.isfinite(one).all()
+    assert not torch.equal(one, other)
+    tokenizer = backbone._text_pipeline().tokenizer
+    said = tokenizer("a dog runs").input_ids
+    assert said[-1] == 1
+    assert 2 not in said, "known words"
+
+
 def test_a_hub_id_that_can_not_be_reached_is_an_error_of_use(hub: Callable) -> None:
     remote = hub("wan")
     with pytest.raises(UsageError, match=r"'nobody/nothing' .* could be fetched \(LocalEntryNotFoundError"):

@@ -126,6 +126,17 @@ def test_the_teachers_videos_are_the_teachers(tiny_checkpoint: Tiny, tmp_path: P
     torch.testing.assert_close(made, wanted)
 
 
+def test_all_roles_share_one_text_encoder(tiny_checkpoint: Tiny, tmp_path: Path):
+    """Also in a run that goes on, where the teacher does not ask for the prompts first."""
+    job = distillation(tiny_checkpoint("wan"), update_ratio=1)
+    monitor = MotionMonitor(["a prompt that nothing is trained on"], every=1)
+    monitor.load_state_dict({"teacher": {"amount": 1.0, "smoothness": 1.0}, "low_in_a_row": 0, "last": 0})
+    trainer(tmp_path, max_steps=2, callbacks=[monitor]).fit(job, datamodule=prompts())
+    assert (tmp_path / "motion/update-0000001.png").exists()
+    roles = {"teacher": job.teacher, "student": job.student, "critic": job.critic}
+    assert [name for name, role in roles.items() if "text" in role._parts] == ["teacher"]
+
+
 def test_settings_that_cannot_work_are_refused(tiny_checkpoint: Tiny, tmp_path: Path):
     for options in (dict(prompts=[]), dict(every=0), dict(floor=1.0), dict(patience=0), dict(share=0.0)):
         with pytest.raises(UsageError, match="MotionMonitor"):

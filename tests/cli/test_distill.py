@@ -17,6 +17,7 @@ from torch import Tensor
 from muybridge.backbones import load
 from muybridge.backbones.base import Backbone
 from muybridge.diffusion import FlowSchedule, keyed_generator, keyed_noise, samplers
+from muybridge.errors import UsageError
 from muybridge.export import export_pipeline
 from muybridge.few_step_scheduler import stock
 from muybridge.video import read_frames, to_frames, write_gif
@@ -220,6 +221,13 @@ CALLS = {
         drawn=lambda s: (s[0] * s[2], s[1], *s[3:]),
         ours=lambda z, shape: z.unflatten(0, (shape[0], shape[2])).transpose(1, 2),
     ),
+    # These three pipelines hand their scheduler noise levels of their own.
+    "hunyuan": Call(more={"guidance_scale": 6.0}),
+    "ltx": Call(
+        drawn=lambda s: (s[0], s[2:].numel(), s[1]),
+        ours=lambda z, shape: z.transpose(1, 2).unflatten(2, shape[2:]),
+    ),
+    "mochi": Call(),
 }
 
 
@@ -229,9 +237,12 @@ def test_other_steps_come_with_a_scheduler_of_their_own(
 ):
     """Flow, v with zero terminal SNR, epsilon with some signal left: the pipeline makes the sampler's clip of the same noises."""
     case, call = CASES[name], CALLS[name]
-    steps = [900.0, 700.0, 650.0, 20.0] if name == "wan" else [999.0, 749.0, 249.0]
+    steps = {"wan": [900.0, 700.0, 650.0, 20.0]}.get(name, [999.0, 749.0, 249.0])
     student = case.open(tiny_checkpoint(name))
-    if isinstance(student.schedule, FlowSchedule):
+    if student.lays_own_levels:
+        steps = [1000.0, 757.0, 522.0]
+        assert stock(steps) is not None, "which only pipelines that ask for a number of steps can use"
+    elif isinstance(student.schedule, FlowSchedule):
         assert stock(steps) is None
     out = export_pipeline(student, str(tmp_path / "student"), steps)
 
@@ -248,8 +259,8 @@ def test_other_steps_come_with_a_scheduler_of_their_own(
         text = type(text)(text.text)
     torch.manual_seed(7)
     made = pipeline(
-        **prompt, **call.more, **{call.frames: frames}, height=height, width=width, num_inference_steps=50,
-        latents=case.to_pipeline(noise.clone()), guidance_scale=1.0, output_type="latent",
+        **prompt, **{"guidance_scale": 1.0, call.frames: frames} | call.more, height=height, width=width,
+        num_inference_steps=50, latents=case.to_pipeline(noise.clone()), output_type="latent",
     ).frames  # fmt: skip
 
     def drawn(like: Tensor, generator: Any) -> Tensor:
@@ -259,10 +270,41 @@ def test_other_steps_come_with_a_scheduler_of_their_own(
     torch.manual_seed(7)
     wanted = student.sample(noise, text, steps=steps)
     torch.testing.assert_close(case.from_pipeline(made, wanted.shape), wanted, atol=1e-4, rtol=1e-4)
-    assert pipeline.scheduler.timesteps.tolist() == steps, "whatever number the pipeline is asked for"
+    labels = [1000.0 - step for step in steps] if name == "mochi" else steps
+    assert pipeline.scheduler.timesteps.tolist() == labels, "whatever number the pipeline is asked for"
     # Whoever trains on finds the noise schedule that the teacher had.
     again = case.open(out)
     t = torch.tensor([20.0, 500.0, 999.0])
     for mine, theirs in zip(again.schedule.coefficients(t), student.schedule.coefficients(t), strict=True):
         torch.testing.assert_close(mine, theirs, atol=0, rtol=0)
     assert again.schedule.prediction == student.schedule.prediction
+    # Here a number of steps means the student's own, and no other.
+    few = []
+    for kind in (steps, len(steps)):
+        torch.manual_seed(7)
+        few.append(again.sample(noise, text, kind))
+    assert torch.equal(*few)
+    with pytest.raises(UsageError, match=f"50 steps of .* a student that was distilled to {len(steps)}"):
+        again.sample(noise, text, 50)
+
+
+def test_a_reopened_student_keeps_the_family_s_shift(tiny_checkpoint: Callable[[str], Path], tmp_path: Path):
+    """Training draws its times by it; the shift in the scheduler's own place was solved for the student's steps."""
+    teacher = CASES["wan"].open(tiny_checkpoint("wan"))
+    again = load(str(export_pipeline(teacher, str(tmp_path / "student"), [1000.0, 757.0, 522.0])), max_text_length=32)
+    assert again.checkpoint.class_of("scheduler") == "FlowMatchEulerDiscreteScheduler"
+    assert again.schedule.shift == teacher.schedule.shift == 3.0
+    noise, text = CASES["wan"].noise(again), again.encode_text(["a dog"])
+    few = [again.sample(noise, text, kind, generator=keyed_generator(3)) for kind in ([1000.0, 757.0, 522.0], 3)]
+    assert torch.equal(*few)
+
+
+def test_more_steps_than_a_student_has_are_refused_before_training(
+    command: Command, tiny_options: Callable[[str], list[str]], tiny_checkpoint: Callable[[str], Path]
+):
+    export_pipeline(CASES["wan"].open(tiny_checkpoint("wan")), "student", [1000.0, 757.0])
+    more = ["--model.backbone.path=student", "--model.sampling.steps=50", "--trainer.logger=false"]
+    more += ["--trainer.callbacks=[{class_path: Samples, init_args: {prompts: [a dog], every: 1}}]"]
+    result = command("fit", *tiny_options("wan"), *more)
+    assert result.code == 2
+    assert "50 steps of student, a student that was distilled to 2" in result.message

@@ -17,6 +17,7 @@ from support.jobs import SHAPES, LatentClips, Latents, trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from callbacks.samples import Samples
 from datamodules import VideoData
 from datamodules.collate import collate
 from lightning_modules import MotionCustomization, Sampling
@@ -215,6 +216,28 @@ def test_a_reference_is_encoded_once_and_its_bar_is_not_spoken(
     assert job.updates == 3
     assert encoded == [1]
     assert spoken == ["a disc moves right"]
+
+
+def test_the_text_encoder_goes_before_the_first_step(clips: Path, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    """Captions, prompts of samples, the empty caption and the negative prompt are all it is asked for."""
+    size = Sampling(steps=2, guidance=2.0, negative_prompt="blurry", frames=9, height=16, width=16, fps=8)
+    job = customization(tiny_checkpoint("wan"), captions="split", caption_dropout=0.5, sampling=size)
+    spoken, held = [], []
+    encode_text, denoise = job.backbone.encode_text, job.backbone.denoise
+    job.backbone.encode_text = lambda texts: (spoken.extend(texts), encode_text(texts))[1]  # type: ignore
+
+    def watched(*arguments: Any) -> Tensor:
+        held.append("text" in job.backbone._parts)
+        return denoise(*arguments)
+
+    job.backbone.forward = job.backbone.denoise = watched  # type: ignore[method-assign]
+    samples = Samples(["a square | moves right"], every=2, dirpath=str(tmp_path))
+    runner = trainer(tmp_path, max_steps=4, limit_val_batches=0, callbacks=[samples])
+    runner.fit(job, video(clips, "a disc | moves right", repeats=4))
+    assert len(list(tmp_path.rglob("update-*/*.mp4"))) == 2
+    assert len(held) >= 4
+    assert not any(held)
+    assert sorted(spoken) == ["", "a disc moves right", "a square moves right", "blurry"], "each once"
 
 
 def test_several_references_are_each_encoded_once(tiny_checkpoint: Tiny, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from muybridge.backbones import Backbone
     from muybridge.customization.references import Reference
+    from muybridge.diffusion.conditioning import Conditioning
 
 RECIPES: dict[str, list[str]] = {
     "plain": ["Denoising"],
@@ -302,6 +303,7 @@ class Videos:
         from datamodules.prompts import prompt_id
         from muybridge.backbones.adapters import disabled, load_adapter
         from muybridge.cli.devices import open_model
+        from muybridge.customization.references import spoken
         from muybridge.progress import Progress
         from muybridge.video import contact_sheet, to_frames, write_image, write_video
 
@@ -309,6 +311,11 @@ class Videos:
         start = self.start(backbone, beta)
         for file in self.adapter:
             load_adapter(backbone, file)
+        texts = {words: backbone.encode_text([spoken(words, self.keep_bar)]) for words in prompts}
+        if self.guidance != 1.0:
+            backbone.unconditional()
+        # It may take several times the network's memory, and everything is encoded.
+        backbone.release("text_encoder")
         rows, names = [to_frames(self.shown.pixels)], ["the reference"]
         ways = ("base", "customized") if compare else ("customized",)
         with Progress("sampling steps", len(prompts) * self.samples * len(ways) * self.steps, every=10.0) as progress:
@@ -318,9 +325,9 @@ class Videos:
                         noise = start(number, sample)
                         if way == "base":
                             with disabled(backbone):
-                                clip = self.sample(backbone, words, noise, progress)
+                                clip = self.sample(backbone, texts[words], noise, progress)
                         else:
-                            clip = self.sample(backbone, words, noise, progress)
+                            clip = self.sample(backbone, texts[words], noise, progress)
                         name = f"{prompt_id(number, words)}-{sample}-{way}"
                         frames = to_frames(clip)
                         write_video(self.root / "videos" / f"{name}.mp4", frames, self.shown.fps)
@@ -355,13 +362,11 @@ class Videos:
 
         return noise
 
-    def sample(self, backbone: Backbone, words: str, noise: Any, progress: Any) -> Any:
+    def sample(self, backbone: Backbone, text: Conditioning, noise: Any, progress: Any) -> Any:
         """One clip, (3, F, H, W)."""
-        from muybridge.customization.references import spoken
-
         latents = backbone.sample(
             noise,
-            backbone.encode_text([spoken(words, self.keep_bar)]),
+            text,
             steps=self.steps,
             guidance=self.guidance,
             on_step=lambda *_: progress.advance(),
