@@ -115,6 +115,7 @@ class DiffusionModule(pl.LightningModule, ABC):
             self.sampled.check_clip(*clip)
         self.check()
         self.check_text()
+        self._check_frame_rate(data)
         precision = str(getattr(self._trainer, "precision", "32-true"))
         if precision.endswith("-true") and precision not in ("32-true", "64-true"):
             raise UsageError(
@@ -147,6 +148,20 @@ class DiffusionModule(pl.LightningModule, ABC):
                 strategy.shard(backbone)
         if self.average_requested:
             self.average = WeightAverage(self, self.to_average())
+
+    def _check_frame_rate(self, data: Any) -> None:
+        """Warn where a network whose positions are seconds is told another rate than the clips have."""
+        told = getattr(self.sampled, "frame_rate", None)
+        windows = getattr(getattr(data, "reading", None), "windows", None)
+        for name, fps in (
+            ("data.fps", getattr(windows, "fps", None)),
+            ("sampling.fps", getattr(getattr(self, "sampling", None), "fps", None)),
+        ):
+            if told is not None and fps is not None and fps != told:
+                pl.utilities.rank_zero_warn(
+                    f"{name} is {fps:g} and the backbone's frame_rate {told:g}: {self.sampled.family} takes them for clips that"
+                    " run faster or slower than they do; give both the same"
+                )
 
     def _take_cache(self) -> None:
         """Check the datamodule's cache against the model, and let it stand in for the text encoder."""

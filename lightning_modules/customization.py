@@ -146,13 +146,14 @@ class MotionCustomization(Finetuning):
                 check_files(clips.clips, list(clips.buckets), clips.reading)
 
     def on_train_start(self) -> None:
-        """Encode the few texts of the whole run, and give the text encoder's memory back: it may be several times the network's."""
+        """Encode the few texts of the whole run, and give the text encoder's memory back; it may be more than the network's."""
         data = getattr(self.trainer, "datamodule", None)
         sets = getattr(data, "_sets", {}).values()
         captions = {clip.caption or "" for clips in sets for clip in getattr(clips, "clips", ())}
         if not 0 < len(captions) <= MANY or "text_encoder" not in self.backbone.components or self._cache is not None:
             return
-        shown = [prompt for callback in self.trainer.callbacks for prompt in getattr(callback, "prompts", ())]
+        callbacks: list[Any] = getattr(self.trainer, "callbacks", [])
+        shown = [prompt for callback in callbacks for prompt in getattr(callback, "prompts", ())]
         wanted = sorted(captions | set(shown))
         self.text(Batch(ids=wanted, prompts=wanted), self.backbone)
         if self.caption_dropout > 0.0:

@@ -142,6 +142,14 @@ class Backbone(nn.Module, ABC):
     def _check(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> None:
         """Refuse what the network would silently get wrong."""
 
+    @property
+    def trained_clip(self) -> Optional[tuple[int, int, int]]:
+        """Frames, height and width that this checkpoint was trained for, where its configuration says so."""
+        return None
+
+    def set_frame_rate(self, fps: float) -> None:
+        """Say how many frames a second the clips have that follow; of use to networks whose positions are seconds (LTX)."""
+
     def _make_causal(self, causal: Causal) -> None:
         """Make the loaded network causal, see :mod:`muybridge.backbones.causal`; only families with per-frame times can."""
         raise NotImplementedError(f"{self.family} does not say how it is made causal")

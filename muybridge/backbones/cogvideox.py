@@ -40,6 +40,16 @@ class CogVideoX(Backbone):
             patch=(int(network.get("patch_size_t") or 1), patch, patch),
         )
 
+    @property
+    def trained_clip(self) -> Optional[tuple[int, int, int]]:
+        config, geometry = self.checkpoint.config("transformer"), self.geometry
+        frames, height, width = (int(config.get(f"sample_{n}") or 0) for n in ("frames", "height", "width"))
+        if not frames or not height or not width:
+            return None
+        # 1.5 names a count of frames that its patches in time don't divide; its pipeline pads, and we round up.
+        latent = -(-((frames - 1) // geometry.temporal + 1) // geometry.patch[0]) * geometry.patch[0]
+        return (latent - 1) * geometry.temporal + 1, height * geometry.spatial, width * geometry.spatial
+
     def _text_length(self, wanted: Optional[int]) -> int:
         trained = int(self.checkpoint.config("transformer").get("max_text_seq_length", self.default_text_length))
         if wanted is not None and wanted != trained and not self._rotary:

@@ -59,7 +59,7 @@ class Geometry:
             raise UsageError(
                 f"{family} can't take clips of {' and '.join(problems)}",
                 "; ".join(fits),
-                "set frames, height and width of the datamodule (nothing is cropped in silence)",
+                "set frames, height and width (of the datamodule in a config); nothing is cropped in silence",
             )
 
     def latent_shape(self, frames: int, height: int, width: int, family: str) -> tuple[int, int, int, int]:

@@ -37,9 +37,13 @@ class LTX(Backbone):
 
     def __init__(self, *args: Any, frame_rate: float = 25.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not frame_rate > 0:
-            raise UsageError(f"frame_rate is {frame_rate}", "frames per second, above 0")
-        self.frame_rate = frame_rate
+        self.set_frame_rate(frame_rate)
+
+    def set_frame_rate(self, fps: float) -> None:
+        """Say how many frames a second the clips have that follow."""
+        if not fps > 0:
+            raise UsageError(f"frame_rate is {fps}", "frames per second, above 0")
+        self.frame_rate = fps
 
     def _make_schedule(self, config: dict[str, Any]) -> NoiseSchedule:
         dynamic = bool(config.get("use_dynamic_shifting"))

@@ -35,6 +35,11 @@ class Wan(Backbone):
         longest = self.checkpoint.read_json("tokenizer", "tokenizer_config.json").get("model_max_length")
         return min(self.default_text_length, int(longest or self.default_text_length))
 
+    @property
+    def trained_clip(self) -> Optional[tuple[int, int, int]]:
+        # TI2V-5B alone gives its tokens times of their own; its VAE folds 16x16 pixels, for 720p.
+        return (121, 704, 1280) if self.checkpoint.index.get("expand_timesteps") else None
+
     def _make_schedule(self, config: dict[str, Any]) -> NoiseSchedule:
         return rectified_flow(config)
 

@@ -62,8 +62,9 @@ def spoken(caption: str, keep_bar: bool = False) -> str:
 def clip_size(
     backbone: Backbone, frames: Optional[int] = None, height: Optional[int] = None, width: Optional[int] = None
 ) -> tuple[int, int, int]:
-    """Frames, height and width: those given, and for the others those that the family was trained for; checked."""
-    published = KNOWN[backbone.family].clip if backbone.family in KNOWN else (None, None, None)
+    """Frames, height and width: those given, and for the others those that the model or its family was trained for; checked."""
+    family = KNOWN[backbone.family].clip if backbone.family in KNOWN else (None, None, None)
+    published = backbone.trained_clip or family
     size = [given or usual for given, usual in zip((frames, height, width), published, strict=True)]
     if any(n is None for n in size):
         raise UsageError(f"{backbone.family} has no usual clip size", "--frames, --height and --width")

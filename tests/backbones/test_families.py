@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from muybridge import backbones, tiny
 from muybridge.backbones import Backbone, Pretrained, load
+from muybridge.customization.references import clip_size
 from muybridge.diffusion import Conditioning
 from muybridge.errors import UsageError
 from muybridge.registry import BACKBONES
@@ -771,6 +772,34 @@ def test_mochi_needs_two_steps(opened: Open) -> None:
     backbone = opened("mochi")
     with pytest.raises(UsageError, match="at least 2"):
         backbone.sample(CASES["mochi"].noise(backbone), backbone.encode_text([PROMPT]), 1)
+
+
+def test_clips_are_of_the_size_that_the_checkpoint_names(tiny_checkpoint: Callable, tmp_path: Path) -> None:
+    """CogVideoX 1.5 and Wan's TI2V-5B were trained for other clips than the models they are named after."""
+    path = tmp_path / "cogvideox"
+    shutil.copytree(tiny_checkpoint("cogvideox"), path)
+    file = path / "transformer" / "config.json"
+    config = json.loads(file.read_text())
+
+    def size(**settings: Any) -> tuple[int, int, int]:
+        file.write_text(json.dumps({**config, **settings}))
+        return clip_size(Pretrained(str(path)))
+
+    spatial = Pretrained(str(path)).geometry.spatial
+    named = {"sample_frames": 81, "sample_height": 768 // spatial, "sample_width": 1360 // spatial}
+    assert size(**{**named, "sample_frames": 49}) == (49, 768, 1360)
+    assert size(**named, patch_size_t=2) == (85, 768, 1360), (
+        "81 frames are 21 latent ones, of which its patches take two"
+    )
+    assert size(sample_height=None) == (49, 480, 720)
+
+    path = tmp_path / "wan"
+    shutil.copytree(tiny_checkpoint("wan"), path)
+    assert clip_size(Pretrained(str(path))) == (81, 480, 832)
+    index = json.loads((path / "model_index.json").read_text())
+    (path / "model_index.json").write_text(json.dumps({**index, "expand_timesteps": True}))
+    assert clip_size(Pretrained(str(path))) == (121, 704, 1280)
+    assert clip_size(Pretrained(str(path)), frames=9, height=16) == (9, 16, 1280)
 
 
 def test_cogvideox_1_5_has_patches_in_time(tiny_checkpoint: Callable, tmp_path: Path) -> None:

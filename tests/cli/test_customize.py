@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
+from torch import Tensor
 
 from muybridge.backbones import load
 from muybridge.backbones.adapters import load_adapter
 from muybridge.backbones.base import Backbone
+from muybridge.backbones.hunyuan import HunyuanVideo
+from muybridge.backbones.ltx import LTX
 from muybridge.cli import configs_dir, main
 from muybridge.cli.verbs.customize import EPSILON, RECIPES
 from muybridge.customization.report import read_cells, write_cells
 from muybridge.customization.tau import KNOWN
 from muybridge.registry import LOSSES
 from muybridge.toy_clips import write_clips
-from muybridge.video import frame_count
+from muybridge.video import frame_count, frame_rate
 
 Tiny = Callable[[str], Path]
 SMALL = ["--frames=4", "--height=32", "--width=32", "--steps=2"]
@@ -98,6 +102,47 @@ def test_what_cannot_work_is_refused_before_any_weight_is_read(
     assert said in capsys.readouterr().err
     assert not loads
     assert not (tmp_path / "x").exists()
+
+
+def test_ltx_is_told_how_fast_the_reference_runs(
+    clip: Path, tiny_checkpoint: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In training and in videos; its own default is 25 frames a second."""
+    rates, forward = [], LTX._forward
+
+    def note(self: LTX, *arguments: Tensor) -> Tensor:
+        rates.append(self.frame_rate)
+        return forward(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LTX, "_forward", note)
+    command = ["customize", f"--model={tiny_checkpoint('ltx')}", f"--reference={clip}", f"--out={tmp_path / 'out'}"]
+    command += ["--frames=9", "--height=32", "--width=32", "--steps=2", "--updates=2", "--tau=700", "--compare=false"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*frame_rate")
+        assert main([*command, "--caption=a disc | moves right", "--prompt=a robot | moves right"]) == 0
+    assert set(rates) == {frame_rate(clip)}
+    assert len(rates) == 2 + 2 * 2, "two updates, two guided steps"
+    config = yaml.safe_load((tmp_path / "out/customize.yaml").read_text())
+    assert config["model"]["init_args"]["backbone"]["init_args"]["frame_rate"] == frame_rate(clip) != 25.0
+    with pytest.warns(UserWarning, match="sampling.fps is 25 and the backbone's frame_rate"):
+        main(["fit", "-c", str(tmp_path / "out/customize.yaml"), "--model.sampling.fps=25", "--trainer.max_steps=1"])
+
+
+def test_hunyuan_s_usual_guidance_is_the_embedded_one(
+    clip: Path, tiny_checkpoint: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pipeline's guidance_scale of 6 costs one call a step; the one of two calls is off unless it is asked for."""
+    calls, forward = [], HunyuanVideo._forward
+
+    def note(self: HunyuanVideo, *arguments: Tensor) -> Tensor:
+        calls.append(self.embedded_guidance)
+        return forward(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(HunyuanVideo, "_forward", note)
+    command = ["customize", f"--model={tiny_checkpoint('hunyuan')}", f"--reference={clip}", f"--out={tmp_path / 'out'}"]
+    command += ["--frames=9", "--height=32", "--width=32", "--steps=3", "--updates=2", "--tau=700", "--compare=false"]
+    assert main([*command, "--caption=a disc | moves right", "--prompt=a robot | moves right"]) == 0
+    assert calls == [6.0] * (2 + 3)
 
 
 def test_where_nothing_is_published_the_reference_is_probed(

@@ -160,6 +160,7 @@ def customize(
 
     usual = KNOWN[described.family].guidance if described.family in KNOWN else 5.0
     strength = usual if guidance is None else guidance
+    clock = {"frame_rate": shown.fps} if hasattr(described, "frame_rate") else {}
     config = {
         "seed_everything": seed,
         "trainer": {
@@ -175,8 +176,13 @@ def customize(
             "class_path": "MotionCustomization",
             "init_args": {
                 "backbone": {
-                    "class_path": "Pretrained",
-                    "init_args": {"path": model, "dtype": kind, "gradient_checkpointing": where.type == "cuda"},
+                    "class_path": described.family if clock else "Pretrained",
+                    "init_args": {
+                        "path": model,
+                        "dtype": kind,
+                        "gradient_checkpointing": where.type == "cuda",
+                        **clock,
+                    },
                 },
                 "losses": [{"class_path": name} for name in RECIPES[recipe]],
                 "tau": {"value": boundary.value},
@@ -308,6 +314,7 @@ class Videos:
         from muybridge.video import contact_sheet, to_frames, write_image, write_video
 
         backbone = open_model(self.model, self.dtype, self.device)
+        backbone.set_frame_rate(self.shown.fps)
         start = self.start(backbone, beta)
         for file in self.adapter:
             load_adapter(backbone, file)

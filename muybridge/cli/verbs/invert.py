@@ -85,6 +85,7 @@ def invert(
     with Progress("inversion steps", total, every=10.0) as progress:
         for clip in waiting:
             reference = references.pop(clip.id, None) or read_reference(clip, size, fps)
+            backbone.set_frame_rate(reference.fps)
             clean = backbone.encode(reference.pixels[None].to(backbone.device))
             prompted = made_of(clip)["prompt"]
             states, error = invert_clip(backbone, clean, prompted, how, check, lambda *_: progress.advance())

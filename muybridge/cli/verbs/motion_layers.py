@@ -66,7 +66,9 @@ def motion_layers(
     described = []
     with Progress("clips", len(clips), every=10.0) as progress:
         for clip in clips:
-            described.append(describe(backbone, read_reference(clip, size, fps), times, seed=seed))
+            reference = read_reference(clip, size, fps)
+            backbone.set_frame_rate(reference.fps)
+            described.append(describe(backbone, reference, times, seed=seed))
             progress.advance()
     scores = retrieve(described, motions, seed)
     table = io.StringIO()

@@ -137,6 +137,7 @@ def probe(
         for swap, size, clip, target in left:
             assert scorer is not None
             reference = read_reference(clip, size, fps)
+            backbone.set_frame_rate(reference.fps)
             cells = probe_clip(backbone, reference, target, swap, settings, scorer, progress.advance)
             report.write_cells(file_of(swap, size, clip.id), cells)
     cells = [c for swap, size, clip, _ in work for c in report.read_cells(file_of(swap, size, clip.id))]
