@@ -186,6 +186,12 @@ def test_claims_are_of_what_is_compared() -> None:
         ("vo-600", "plain"),
         ("vo", "qk"),
     ]
+    # Feature matching acts above a time: a method without that boundary shows what both do.
+    chosen = pick(["vo", "vo-500", "matching"], methods([500.0]))
+    assert [(one.name, other.name) for _, one, other in claims(chosen) if one.name == "matching"] == [
+        ("matching", "vo"),
+        ("matching", "vo-500"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,8 @@ def claims(chosen: Sequence[Method]) -> list[tuple[str, Method, Method]]:
     said += [
         ("value and output carry motion, query and key hardly do", "vo", "qk"),
         ("matching attention maps transfers motion better than the plain loss", "matching", "vo"),
+        # The other one acts at all times, so that it says as much of the boundary as of the loss.
+        ("the same, where both act from one time on", "matching", f"vo-{MATCHING_FROM:g}"),
     ]
     return [(claim, named[one], named[other]) for claim, one, other in said if one in named and other in named]
 
