@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -142,8 +143,19 @@ class MotionCustomization(Finetuning):
             for clip in getattr(clips, "clips", ()):
                 if self.captions == "split":
                     check_caption(clip.id, clip.caption)
+                self._check_cached(clip.caption or "")
             if len(getattr(clips, "clips", ())) <= MANY and hasattr(clips, "reading"):
                 check_files(clips.clips, list(clips.buckets), clips.reading)
+
+    def _check_cached(self, caption: str) -> None:
+        """Refuse embeddings of captions with bars where prompts are spoken without; a cache holds captions as written."""
+        if self._cache is not None and spoken(caption, self.keep_bar) != caption:
+            raise UsageError(
+                f"the cache holds the caption {caption!r} encoded with its bar, and videos are asked for without bars",
+                "one way to speak",
+                "leave data.cache out (the few captions of a customization are encoded once), or set keep_bar to true for a model"
+                " that was trained with bars",
+            )
 
     def on_train_start(self) -> None:
         """Encode the few texts of the whole run, and give the text encoder's memory back; it may be more than the network's."""
@@ -167,14 +179,14 @@ class MotionCustomization(Finetuning):
         blank = batch.present is not None and not bool(batch.present.all())
         if batch.latents is not None or batch.pixels is None or blank:
             return super().clean_latents(batch, backbone)
-        size = tuple(batch.pixels.shape[2:])
-        found = [self._latents.get((name, size)) for name in batch.ids]
+        keys = [(name, tuple(clip.shape), glance(clip)) for name, clip in zip(batch.ids, batch.pixels, strict=True)]
+        found = [self._latents.get(key) for key in keys]
         known = [one for one in found if one is not None]
         if len(known) == len(batch):
             return torch.stack(known).to(backbone.device)
         latents = super().clean_latents(batch, backbone)
-        for name, one in zip(batch.ids, latents, strict=True):
-            self._latents.put((name, size), one.cpu())
+        for key, one in zip(keys, latents, strict=True):
+            self._latents.put(key, one.cpu())
         return latents
 
     def text(self, batch: Batch, backbone: Backbone) -> Conditioning:
@@ -222,6 +234,18 @@ def check_files(clips: Sequence[Clip], buckets: list[Bucket], reading: Reading) 
                 f"a video that fills a clip of {buckets[0]} (frames x height x width)",
                 "give a longer clip, set fewer data.frames, or a higher data.fps",
             )
+
+
+def glance(clip: Tensor) -> bytes:
+    """A digest of some thousand of a clip's pixels: files of different folders, and windows of one file, may have one name.
+
+    Args:
+        clip: (3, F, H, W).
+    """
+    flat = clip.detach().reshape(-1)
+    # No stride that pixels' rows or planes have.
+    some = flat[:: max(1, flat.numel() // 4096) | 1]
+    return hashlib.blake2b(some.float().cpu().numpy().tobytes(), digest_size=16).digest()
 
 
 class LatentMemory:

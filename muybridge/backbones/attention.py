@@ -21,6 +21,10 @@ from muybridge.errors import UsageError
 Role = Literal["unified", "factorised", "cross", "other"]
 
 
+TINY = 1e-12
+"""A row whose sum is less is one of no attention at all."""
+
+
 @dataclass(frozen=True)
 class AttentionRecord:
     """Queries and keys of one attention call. Maps are at least float32 and carry gradients to what made the queries.
@@ -40,6 +44,8 @@ class AttentionRecord:
         batch: Samples B.
         grid: Tokens along (F, h, w) at this layer.
         text: Where text tokens lie in a joint sequence.
+        unturned: Keys before the rotation that tells positions apart, (B, keys or F·h·w, heads · d); of unified attention, where
+            the tap was asked for them.
     """
 
     name: str
@@ -52,6 +58,7 @@ class AttentionRecord:
     batch: int
     grid: Optional[tuple[int, int, int]]
     text: Optional[Literal["first", "last"]]
+    unturned: Optional[Tensor] = None
 
     # -- maps ------------------------------------------------------------------------------------------------------
 
@@ -63,17 +70,23 @@ class AttentionRecord:
         """
         return self._rows(self.query, self.mask)
 
-    def same_site_map(self) -> Tensor:
+    def same_site_map(self, mean_heads: bool = False) -> Tensor:
         """How each place attends to itself in other frames, (B, h·w, heads, F, F). Rows sum to 1.
 
         For factorised temporal attention that is the whole map. For unified attention it is the softmax over frames of the
         scores between tokens of the same place, as if it were temporal attention: renormalised, text left out.
+
+        Args:
+            mean_heads: The mean over heads, (B, h·w, F, F). The backward pass then makes the maps of the heads again, and
+                nothing but the mean is kept until it comes.
         """
+        if mean_heads:
+            return again(lambda: self.same_site_map().mean(2), self.query, self.key)
         frames, sites = self._sites()
         if self.role == "factorised":
             return self.attention_map().unflatten(0, (self.batch, sites))
         query, key = (upcast(self._video(x).unflatten(2, (frames, sites))) for x in (self.query, self.key))
-        with _full_precision(query):
+        with full_precision(query):
             scores = torch.einsum("bhfsd,bhgsd->bshfg", query, key) * self.scale
         if self.mask is not None:
             start, stop = self._video_span()
@@ -101,10 +114,10 @@ class AttentionRecord:
         def reduce(rows: Tensor) -> Tensor:
             return rows[..., start:stop].unflatten(-1, (frames, sites)).sum(-1)
 
-        marginal = self._in_chunks(reduce, chunk)
+        marginal = self._in_chunks(reduce, chunk, (start, stop))
         return marginal.unflatten(2, (frames, sites)).permute(0, 3, 1, 2, 4)
 
-    def cross_map(self, among_text: bool = False, chunk: int = 1024) -> Tensor:
+    def cross_map(self, among_text: bool = False, chunk: int = 1024, mean_heads: bool = False) -> Tensor:
         """How video tokens attend to text tokens, (B, heads, F·h·w, text).
 
         Cross attention knows only text, so rows sum to 1. In joint attention these are the video rows and text columns of
@@ -112,13 +125,21 @@ class AttentionRecord:
 
         Args:
             among_text: Divide each row by its sum: the attention within the text, comparable between both kinds of families.
-            chunk: Queries per chunk, for joint attention.
+            chunk: Queries per chunk.
+            mean_heads: The mean over heads, (B, F·h·w, text), taken in every chunk: of a real clip's cross attention the maps
+                of all heads are gigabytes.
         """
+
+        def among(rows: Tensor) -> Tensor:
+            # Of an empty prompt no text is left, and rows of nothing are 0.
+            rows = rows / rows.sum(-1, keepdim=True).clamp(min=TINY) if among_text and self.role != "cross" else rows
+            return rows.mean(1, keepdim=True) if mean_heads else rows
+
         if self.role == "cross":
-            rows = self.attention_map()
+            rows = self._in_chunks(among, chunk, (0, self.query.shape[2]))
             if rows.shape[0] != self.batch:
                 rows = rows.unflatten(0, (self.batch, -1)).transpose(1, 2).flatten(2, 3)
-            return rows
+            return rows.squeeze(1) if mean_heads else rows
         if self.role != "unified" or self.text is None:
             raise UsageError(
                 f"{self.name} does not attend to text",
@@ -127,8 +148,8 @@ class AttentionRecord:
             )
         start, stop = self._video_span()
         text = slice(0, start) if self.text == "first" else slice(stop, None)
-        rows = self._in_chunks(lambda rows: rows[..., text], chunk)
-        return rows / rows.sum(-1, keepdim=True) if among_text else rows
+        rows = self._in_chunks(lambda rows: among(rows[..., text]), chunk, (start, stop))
+        return rows.squeeze(1) if mean_heads else rows
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
@@ -171,30 +192,50 @@ class AttentionRecord:
         return x[:, :, start:stop]
 
     def _rows(self, query: Tensor, mask: Optional[Tensor]) -> Tensor:
-        with _full_precision(query):
+        with full_precision(query):
             scores = upcast(query) @ upcast(self.key).transpose(-1, -2) * self.scale
         return (scores if mask is None else _masked(scores, mask)).softmax(-1)
 
-    def _in_chunks(self, reduce: Callable[[Tensor], Tensor], chunk: int) -> Tensor:
-        """``reduce`` of the rows of all video queries, some rows at a time; the backward pass makes them again."""
+    def unturned_keys(self) -> Tensor:
+        """Keys of the video's tokens before the rotation, (B, F·h·w, heads · d); of unified attention."""
+        if self.unturned is None:
+            raise UsageError(
+                f"the keys of {self.name} before their rotation were not recorded",
+                "a tap with unturned=True, on unified attention with a layer to_k",
+            )
         start, stop = self._video_span()
+        # Some families join text after the keys are made.
+        return self.unturned if self.unturned.shape[1] == stop - start else self.unturned[:, start:stop]
+
+    def _in_chunks(self, reduce: Callable[[Tensor], Tensor], chunk: int, span: tuple[int, int]) -> Tensor:
+        """``reduce`` of the rows of some queries, a chunk of them at a time; the backward pass makes them again."""
+        start, stop = span
         parts = []
         for first in range(start, stop, chunk):
             last = min(first + chunk, stop)
             mask = self.mask if self.mask is None or self.mask.shape[-2] == 1 else self.mask[..., first:last, :]
 
-            def rows(query: Tensor, mask: Optional[Tensor] = mask) -> Tensor:
+            def rows(query: Tensor = self.query[:, :, first:last], mask: Optional[Tensor] = mask) -> Tensor:
                 return reduce(self._rows(query, mask))
 
-            query = self.query[:, :, first:last]
-            again = torch.is_grad_enabled() and (query.requires_grad or self.key.requires_grad)
-            parts.append(
-                checkpoint(rows, query, use_reentrant=False, preserve_rng_state=False) if again else rows(query)
-            )
+            parts.append(again(rows, self.query, self.key))
         return torch.cat(parts, 2)
 
 
-def _full_precision(like: Tensor) -> torch.autocast:
+def again(make: Callable[[], Tensor], *sources: Tensor) -> Tensor:
+    """What ``make`` gives; the backward pass calls it once more, rather than keeping what it made on the way.
+
+    Args:
+        make: A function of ``sources``.
+        sources: Where gradients go.
+    """
+    if not (torch.is_grad_enabled() and any(source.requires_grad for source in sources)):
+        return make()
+    made: Tensor = checkpoint(make, use_reentrant=False, preserve_rng_state=False)
+    return made
+
+
+def full_precision(like: Tensor) -> torch.autocast:
     """Mixed precision would round the scores to bfloat16, however precise the queries are."""
     return torch.autocast(like.device.type, enabled=False)
 

@@ -24,6 +24,21 @@ ROUNDING = 1e-3
 """Times this near to an end of a range are in it: labels are float32, and some networks count them from the other end."""
 
 
+def rounding(label: Tensor) -> Tensor:
+    """How far a time may be from its label: half of what lies between two numbers of the label's dtype.
+
+    Some pipelines give the network its label in bfloat16, where 984 follows 980: a range that begins at 984.4 begins there.
+
+    Args:
+        label: As the network is given it.
+    """
+    if not label.dtype.is_floating_point:
+        return torch.full_like(label, ROUNDING, dtype=torch.float32)
+    _, exponent = torch.frexp(label.float())
+    half = 0.5 * torch.finfo(label.dtype).eps * torch.exp2(exponent.float() - 1.0)
+    return half.clamp(min=ROUNDING)
+
+
 def adapter_layers(module: nn.Module, name: Optional[str] = None) -> dict[str, Any]:
     """The layers of ``module`` that carry adapters (those that carry ``name``), by their names."""
     if "peft" not in sys.modules:  # then nothing can carry any, and its import takes seconds
@@ -216,11 +231,12 @@ class _GateHook:
         return arguments["timestep"]
 
     def _open(self, network: nn.Module, label: Tensor) -> bool:
-        times = self.to_time(label.detach().float()).flatten()
-        if label.ndim == 2:
+        label = label.detach()
+        times, near = self.to_time(label.float()).flatten(), rounding(label).flatten()
+        if label.ndim == 2 and bool((times > 0).any()):
             # One time per token: tokens of given, clean frames are at 0 and say nothing of where the sampling is.
-            times = times[times > 0] if bool((times > 0).any()) else times
-        inside = (times >= self.t_min - ROUNDING) & (times <= self.t_max + ROUNDING)
+            times, near = times[times > 0], near[times > 0]
+        inside = (times >= self.t_min - near) & (times <= self.t_max + near)
         if bool(inside.all()):
             return True
         if not bool(inside.any()):

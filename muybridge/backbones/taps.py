@@ -67,6 +67,7 @@ class _Visit:
     name: str
     batch: int
     calls: list[_Call]
+    unturned: Optional[Tensor] = None
 
     def joined(self) -> _Call:
         """Its attention as one call: Mochi makes one for each sample, without the padding of its prompt."""
@@ -141,6 +142,7 @@ class AttentionTap:
         early_exit: Stop the forward pass as soon as every tapped module has run; only under :meth:`run`, which then returns
             ``None``. Gradients of the maps are the same, and the rest of the network is never computed.
         grid: Tokens along (F, h, w), for a bare module.
+        unturned: Record the keys of unified attention also as they are before their rotation.
     """
 
     def __init__(
@@ -150,7 +152,9 @@ class AttentionTap:
         kind: Kind | Sequence[Kind] = "temporal",
         early_exit: bool = False,
         grid: Optional[tuple[int, int, int]] = None,
+        unturned: bool = False,
     ) -> None:
+        self.unturned = unturned
         self.records: list[AttentionRecord] = []
         self.early_exit = early_exit
         self._grid = grid
@@ -323,8 +327,28 @@ class AttentionTap:
                         raise _Reached(self)
 
             stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            if self.unturned and self._role(name) == "unified":
+                self._hook_keys(stack, module)
             # Always called, so that an exception inside the module does not leave it on the list of those being visited.
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+
+    def _hook_keys(self, stack: ExitStack, module: Any) -> None:
+        """Note what the layers of the key give, whatever their layout, before positions are turned into it."""
+        lengths: list[int] = []
+
+        def made(_: nn.Module, args: Any, output: Tensor) -> None:
+            lengths[:] = [output.shape[1]]
+            self._visits[-1].unturned = output
+
+        def normed(_: nn.Module, args: Any, output: Tensor) -> None:
+            if output.ndim == 4:
+                # (B, heads, L, d) or (B, L, heads, d).
+                output = (output if output.shape[1] == lengths[0] else output.transpose(1, 2)).flatten(2)
+            self._visits[-1].unturned = output
+
+        stack.callback(module.to_k.register_forward_hook(made).remove)
+        if getattr(module, "norm_k", None) is not None:
+            stack.callback(module.norm_k.register_forward_hook(normed).remove)
 
     def _see(self, *args: Any, **kwargs: Any) -> None:
         if self._visits:
@@ -347,6 +371,7 @@ class AttentionTap:
             batch=self._batch,
             grid=self._grid,
             text=text,
+            unturned=visit.unturned,
         )
         self.records.append(record if self._grid is not None else replace(record, grid=self._grid_of(record)))
 

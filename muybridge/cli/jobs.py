@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import inspect
 import logging
@@ -139,6 +140,16 @@ class CLI(LightningCLI):
             args=[verb, *arguments],
             auto_configure_optimizers=False,
         )
+
+    def let_go(self) -> None:
+        """Forget the job: a command that runs several would otherwise hold them all, with what they keep on a GPU."""
+        import torch
+
+        for name in ("trainer", "model", "datamodule", "config_init"):
+            setattr(self, name, None)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The one verb that was asked for: building the parsers of all takes four times as long."""
@@ -290,7 +301,7 @@ def run_job(verb: str, arguments: list[str]) -> int:
     import_known()
     try:
         import_named(configs, arguments)
-        CLI(verb, arguments, configs)
+        CLI(verb, arguments, configs).let_go()
     except SyntaxError as error:
         # Of a file that one of the user's files imports; in ours, or in a library, it is a bug.
         ours = [places.home() / name for name in ("muybridge", *places.ROOMS)]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, Optional
 
 from muybridge.customization.probe import Cell
 
 SEEN = 0.05
 """A change of flow similarity below this is none."""
+TREND = 0.5
+"""Share of all ups and downs of the alignment that its change from end to end must be: 1 where it only falls, 0.1 of noise."""
 CLEAR = 0.1
 """How much better than chance a boundary must part the two."""
 
@@ -88,6 +91,9 @@ def parting(curve: Sequence[Point]) -> Estimate:
     whole, none = curve[0], curve[-1]
     if not whole.alignment > none.alignment:
         return Estimate(None, reason="the new words change nothing even when they are there from the first step on")
+    ups_and_downs = sum(abs(b.alignment - a.alignment) for a, b in pairwise(curve))
+    if whole.alignment - none.alignment < TREND * ups_and_downs:
+        return Estimate(None, reason="what the new words change is no more than chance from one boundary to the next")
     if none.similarity - whole.similarity < SEEN:
         return Estimate(None, reason="the motion stays the same even when the words are new from the first step on")
     gain = [(p.alignment - none.alignment) / (whole.alignment - none.alignment) for p in curve]
@@ -119,7 +125,14 @@ def half_way(curve: Sequence[Point]) -> Estimate:
 
 def estimate(cells: Sequence[Cell]) -> Estimate:
     """The boundary of one swap, from the mean over its clips."""
-    return (parting if cells[0].swap == "subject" else half_way)(late(cells))
+    if cells[0].swap != "subject":
+        return half_way(late(cells))
+    clips = dict.fromkeys(c.clip for c in cells)
+    curves = [late([c for c in cells if c.clip == clip]) for clip in clips]
+    changes = [curve[0].alignment - curve[-1].alignment for curve in curves]
+    if len(changes) > 1 and not statistics.fmean(changes) > statistics.stdev(changes) / len(changes) ** 0.5:
+        return Estimate(None, reason="what the new words change differs between clips by more than it is on average")
+    return parting(late(cells))
 
 
 def by_clip(cells: Sequence[Cell]) -> dict[str, Estimate]:

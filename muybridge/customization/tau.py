@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Optional
 
+import torch
+
 from muybridge.backbones.base import Backbone
 from muybridge.diffusion.boundaries import Boundary, Unit
+from muybridge.diffusion.schedules import NoiseSchedule
 from muybridge.errors import UsageError
 
 
@@ -38,6 +41,9 @@ KNOWN: dict[str, Known] = {
     "AnimateDiff": Known(None, (16, 512, 512), 7.5),
 }
 """Boundaries are those of the timestep paper, found with 16 frames; of flow models none is published."""
+
+SAME_LEVEL = 0.05
+"""Levels of one time in one schedule differ by less, whatever its time was rounded to."""
 
 RESULT = "probe.json"
 """Where a probe leaves what it found."""
@@ -74,7 +80,7 @@ class Tau:
         if self.value is not None:
             found = Boundary(self.value, self.unit)
         elif self.from_probe is not None:
-            found = read_tau(self.from_probe, backbone.family)
+            found = read_tau(self.from_probe, backbone.family, backbone.schedule)
         else:
             known = KNOWN.get(backbone.family)
             if known is None or known.tau is None:
@@ -94,12 +100,13 @@ class Tau:
         return Boundary(t)
 
 
-def read_tau(folder: str | Path, family: str) -> Boundary:
+def read_tau(folder: str | Path, family: str, schedule: Optional[NoiseSchedule] = None) -> Boundary:
     """The boundary that a probe recommends.
 
     Args:
         folder: Its ``--out``.
         family: Of the model that is asking.
+        schedule: Its noise schedule: models of one family may have several.
     """
     file = Path(folder) / RESULT if Path(folder).is_dir() else Path(folder)
     if not file.is_file():
@@ -122,4 +129,12 @@ def read_tau(folder: str | Path, family: str) -> Boundary:
             "a probe that found one",
             "give tau a value, or probe with more clips",
         )
+    if schedule is not None and "logsnr" in result:
+        here, there = float(schedule.logsnr(torch.tensor([tau]))), float(result["logsnr"])
+        if here != there and not abs(here - there) < SAME_LEVEL:
+            raise UsageError(
+                f"{file} is of a model whose time {tau:g} is logSNR {there:.2f}; of this one it is {here:.2f}",
+                "a probe of this very model: the same number is other noise here",
+                f"probe it, or give the level itself: tau: {{value: {there:.3f}, unit: logsnr}}",
+            )
     return Boundary(tau)

@@ -7,7 +7,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from muybridge.backbones.attention import AttentionRecord
+from muybridge.backbones.attention import AttentionRecord, full_precision
 from muybridge.backbones.base import Backbone
 from muybridge.diffusion.predictions import upcast
 from muybridge.diffusion.steps import DenoisingStep
@@ -77,7 +77,8 @@ def expected_flow(record: AttentionRecord, temperature: float) -> Tensor:
     query, key = (
         upcast(x).unflatten(2, (frames, height * width)) for x in (record.video_queries(), record.video_keys())
     )
-    scores = torch.einsum("bhfid,bhfjd->bfij", query[:, :, :-1], key[:, :, 1:]) * record.scale / query.shape[1]
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    places = torch.stack([x, y], -1).flatten(0, 1).to(scores)
-    return (temperature * scores).softmax(-1) @ places - places
+    with full_precision(query):
+        scores = torch.einsum("bhfid,bhfjd->bfij", query[:, :, :-1], key[:, :, 1:]) * record.scale / query.shape[1]
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        places = torch.stack([x, y], -1).flatten(0, 1).to(scores)
+        return (temperature * scores).softmax(-1) @ places - places

@@ -68,6 +68,8 @@ class FrozenAttention(Loss):
     """
 
     kinds: tuple[Kind, ...] = ("temporal",)
+    reads_keys: bool = False
+    """Whether a record's keys are compared as features, which positions must not be turned into."""
 
     def __init__(
         self, t_min: float = 500.0, jump: float = 20.0, layers: Optional[str] = None, depth: float = 0.5
@@ -153,7 +155,7 @@ class FrozenAttention(Loss):
                 own.append(crossing if crossing is not None else backbone.temporal_attention)
             pattern = "|".join(dict.fromkeys(first_layers(backbone, one, self.depth) for one in own if one is not None))
         # Leaving a forward pass in its middle leaves the weights of a sharded network gathered.
-        return AttentionTap(backbone, pattern=pattern, early_exit=not is_sharded(backbone))
+        return AttentionTap(backbone, pattern=pattern, early_exit=not is_sharded(backbone), unturned=self.reads_keys)
 
 
 def _experts_part(backbone: Optional[nn.Module]) -> Optional[float]:
@@ -194,10 +196,13 @@ def crossing(records: Sequence[AttentionRecord]) -> list[AttentionRecord]:
 
 
 def key_features(record: AttentionRecord) -> Tensor:
-    """The keys of attention over frames as features of every place, (B, F, places, heads · d): one layout for all families."""
+    """The keys of attention over frames as features of every place, (B, F, places, heads · d): one layout for all families.
+
+    Of unified attention they are taken before their rotation: turned by its frame, what stands still is another key in each.
+    """
     if record.role == "factorised":
         keys = record.key.unflatten(0, (record.batch, -1)).movedim(3, 1)
     else:
         assert record.grid is not None
-        keys = record.video_keys().unflatten(2, (record.grid[0], -1)).permute(0, 2, 3, 1, 4)
+        return record.unturned_keys().unflatten(1, (record.grid[0], -1)).float()
     return keys.flatten(3).float()

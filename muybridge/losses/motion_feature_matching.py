@@ -53,13 +53,13 @@ class MotionFeatureMatching(FrozenAttention):
 
     def compare(self, predicted: list[AttentionRecord], true: list[AttentionRecord]) -> Tensor:
         total = torch.zeros((), device=predicted[0].query.device)
-        for weight, chosen, make, axis in (
-            (self.temporal_weight, temporal, AttentionRecord.same_site_map, 2),
-            (self.cross_weight, crossing, lambda r: r.cross_map(among_text=True), 1),
+        for weight, chosen, make in (
+            (self.temporal_weight, temporal, lambda r: r.same_site_map(mean_heads=True)),
+            (self.cross_weight, crossing, lambda r: r.cross_map(among_text=True, mean_heads=True)),
         ):
             if not weight:
                 continue
-            found, wanted = (mean_maps(chosen(records), make, axis) for records in (predicted, true))
+            found, wanted = (mean_maps(chosen(records), make) for records in (predicted, true))
             if not found:
                 continue
             distances = [per_sample((found[shape] - wanted[shape]) ** 2) for shape in found]
@@ -74,17 +74,16 @@ class MotionFeatureMatching(FrozenAttention):
 
 
 def mean_maps(
-    records: list[AttentionRecord], make: Callable[[AttentionRecord], Tensor], heads: int
+    records: list[AttentionRecord], make: Callable[[AttentionRecord], Tensor]
 ) -> dict[tuple[int, ...], Tensor]:
-    """Maps averaged over heads, and over the layers of one resolution; by their shape.
+    """Maps averaged over the layers of one resolution; by their shape.
 
     Args:
         records: Of one pass.
-        make: From a record to its map.
-        heads: Axis of the heads in it.
+        make: From a record to its map, averaged over heads.
     """
     groups: dict[tuple[int, ...], list[Tensor]] = {}
     for record in records:
-        averaged = make(record).mean(heads)
+        averaged = make(record)
         groups.setdefault(tuple(averaged.shape), []).append(averaged)
     return {shape: torch.stack(maps).mean(0) for shape, maps in groups.items()}

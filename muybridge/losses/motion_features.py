@@ -20,7 +20,7 @@ class MotionFeatures(LayerByLayer):
     """``mean 1 - cos(m̂, m)`` at every place and frame, ``m`` the features less their mean over frames, in a few channels (MOFT).
 
     The channels are those with the largest entries of the true clip's first principal component. Features are the keys of the
-    motion-carrying attention, which every family has in one layout.
+    motion-carrying attention, before their rotation, which every family has in one layout.
 
     Args:
         t_min: Samples at this time or below count for nothing.
@@ -29,6 +29,8 @@ class MotionFeatures(LayerByLayer):
         depth: The first share of the family's motion-carrying attention modules.
         channels: Share of the channels that is kept; at least 4.
     """
+
+    reads_keys = True
 
     def __init__(
         self,

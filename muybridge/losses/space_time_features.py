@@ -23,6 +23,8 @@ class SpaceTimeFeatures(LayerByLayer):
         depth: The first share of the family's motion-carrying attention modules.
     """
 
+    reads_keys = True
+
     def layer(self, predicted: AttentionRecord, true: AttentionRecord) -> Tensor:
         return frame_pairs(key_features(predicted).mean(2), key_features(true).mean(2))
 

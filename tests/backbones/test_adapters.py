@@ -36,6 +36,7 @@ from muybridge.backbones.adapters import (
     save_adapter,
 )
 from muybridge.backbones.comfy import LowRank, to_comfyui
+from muybridge.backbones.gates import adapter_layers
 from muybridge.diffusion import Boundary
 from muybridge.errors import UsageError
 
@@ -315,6 +316,27 @@ def test_a_call_with_a_time_per_frame_lies_on_the_side_of_its_noisy_frames(tiny_
         times[:, 1] = 300.0
         with pytest.raises(UsageError, match="both sides"):
             backbone.denoise(latents, times, text)
+
+
+def test_a_label_in_bfloat16_is_the_time_it_was_rounded_from(tiny_checkpoint: Tiny) -> None:
+    """Two of diffusers' pipelines cast it to the latents' dtype; a range that begins at a step begins with that step."""
+    backbone = adapted(tiny_checkpoint("hunyuan"))
+    layers = list(adapter_layers(backbone.network).values())
+    acted: list[bool] = []
+    layers[0].register_forward_hook(lambda *_: acted.append(not layers[0].disable_adapters))
+    latents, _, text = denoising_inputs(backbone, samples=1)
+    # Seven times of a sampler with a shift of 7, and what lies a little below each.
+    for tau in (984.4, 965.5, 913.0, 823.5, 636.4, 343.2, 127.3):
+        gate = gate_by_time(backbone, tau)
+        for label, wanted in ((tau, True), (tau - 10.0, False)):
+            for dtype in (torch.float32, torch.bfloat16):
+                acted.clear()
+                backbone._forward(latents, torch.tensor([label]).to(dtype), text)
+                assert acted == [wanted], (tau, label, dtype)
+        acted.clear()
+        backbone._forward(latents, torch.tensor([tau - 0.1]), text)
+        assert acted == [False], "in float32 a tenth of a timestep below is below"
+        gate.remove()
 
 
 @pytest.mark.parametrize("name", ["wan", "mochi", "unet3d"])

@@ -19,6 +19,7 @@ from muybridge.backbones import Backbone
 from muybridge.backbones.attention import AttentionRecord
 from muybridge.backbones.taps import AttentionTap
 from muybridge.errors import UsageError
+from muybridge.losses.attention_motion_flow import expected_flow
 
 Tiny = Callable[[str], Path]
 every_family = pytest.mark.parametrize("name", list(tiny.MAKERS))
@@ -247,11 +248,12 @@ def test_maps_are_full_precision_inside_mixed_precision(tiny_checkpoint: Tiny) -
     backbone = open_tiny(tiny_checkpoint("wan"))
     latents, t, text = denoising_inputs(backbone)
     tap = AttentionTap(backbone)
+    makers = (AttentionRecord.attention_map, AttentionRecord.same_site_map, lambda r: expected_flow(r, 2.0))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         tap.run(lambda: backbone.denoise(latents, t, text))
-        inside = [r.attention_map() for r in tap.records], [r.same_site_map() for r in tap.records]
-    outside = [r.attention_map() for r in tap.records], [r.same_site_map() for r in tap.records]
-    for a, b in zip(inside[0] + inside[1], outside[0] + outside[1], strict=True):
+        inside = [make(r) for r in tap.records for make in makers]
+    outside = [make(r) for r in tap.records for make in makers]
+    for a, b in zip(inside, outside, strict=True):
         assert a.dtype == torch.float32
         assert torch.equal(a, b)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -16,7 +19,8 @@ from muybridge.backbones.adapters import load_adapter
 from muybridge.backbones.base import Backbone
 from muybridge.backbones.hunyuan import HunyuanVideo
 from muybridge.backbones.ltx import LTX
-from muybridge.cli import configs_dir, main
+from muybridge.backbones.unet3d import UNet3D
+from muybridge.cli import configs_dir, devices, main
 from muybridge.cli.verbs.customize import EPSILON, RECIPES
 from muybridge.customization.report import read_cells, write_cells
 from muybridge.customization.tau import KNOWN
@@ -102,6 +106,26 @@ def test_what_cannot_work_is_refused_before_any_weight_is_read(
     assert said in capsys.readouterr().err
     assert not loads
     assert not (tmp_path / "x").exists()
+
+
+def test_one_model_is_held_at_a_time(
+    clip: Path, tiny_checkpoint: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training, its export and the videos each open the model, and what came before is let go."""
+    held, open_model = [], devices.open_model
+
+    def note(*arguments: Any) -> Backbone:
+        gc.collect()
+        held.append([b for b in gc.get_objects() if type(b) is UNet3D and b.networks and b.checkpoint.given == mine])
+        return open_model(*arguments)
+
+    mine = str(tmp_path / "unet3d")
+    shutil.copytree(tiny_checkpoint("unet3d"), mine)
+    monkeypatch.setattr(devices, "open_model", note)
+    command = ["customize", f"--model={mine}", f"--reference={clip}", f"--out={tmp_path / 'out'}", *SMALL]
+    command += ["--caption=a disc | moves right", "--prompt=a robot | moves right", "--updates=1", "--compare=false"]
+    assert main(command) == 0
+    assert held == [[]]
 
 
 def test_ltx_is_told_how_fast_the_reference_runs(

@@ -29,6 +29,7 @@ def test_what_a_step_costs() -> None:
     found = result("customize-small.json")
     by_way = {row["way"]: row for row in found["steps"]}
     assert by_way["Denoising"]["time against bare"] <= 1.05
+    assert by_way["Denoising"]["memory against bare"] <= 1.05
     assert all(share < 0.01 for share in found["gate, share of a sampling step"].values())
     table = rows("| loss | time | memory |")
     assert [row[0] for row in table] == [way for way in by_way if way != "bare forward and backward"]

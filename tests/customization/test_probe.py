@@ -226,6 +226,47 @@ def test_where_there_is_no_boundary_it_is_said_why(change: Callable[[Cell], Cell
     assert said in found.reason
 
 
+@pytest.mark.parametrize("clips", [1, 12])
+def test_noise_has_no_boundary(clips: int) -> None:
+    """An alignment that only wanders, however little, was once scaled to 0..1 like one that answers."""
+    generator = torch.Generator().manual_seed(clips)
+    found = 0
+    for _ in range(200):
+        cells = []
+        for clip in range(clips):
+            wander = torch.randn(11, generator=generator) * 1e-4
+            # Motion that comes back evenly, so that it refuses nothing.
+            cells += [
+                replace(c, alignment=20.0 + float(wander[c.start]), similarity=1.0 - 0.08 * (c.end - c.start))
+                for c in grid(5, clip=str(clip))
+            ]
+        found += estimate(cells).t is not None
+    assert found <= 0.1 * 200
+
+
+def test_an_answer_stands_above_noise() -> None:
+    """A tenth of the change as noise at every boundary hides nothing."""
+    generator = torch.Generator().manual_seed(0)
+    times = []
+    for _ in range(50):
+        wander = torch.randn(11, generator=generator)
+        noisy = [replace(c, alignment=c.alignment + float(wander[c.start])) for c in grid(5)]
+        times.append(estimate(noisy).t or 0.0)
+    assert sum(abs(t - 500.0) <= 100.0 for t in times) >= 45
+
+
+def test_a_boundary_is_of_one_noise_schedule(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    """CogVideoX 2b and 5b are one family, and time 950 is logSNR -8.6 and -7.4."""
+    two, five = open_tiny(tiny_checkpoint("cogvideox")), open_tiny(tiny_checkpoint("cogvideox_rope"))
+    t = torch.tensor([900.0])
+    assert abs(float(two.schedule.logsnr(t) - five.schedule.logsnr(t))) > 0.5, "as the two published configurations"
+    result = {"tau": 900.0, "family": "CogVideoX", "logsnr": float(two.schedule.logsnr(t))}
+    (tmp_path / report.RESULT).write_text(json.dumps(result))
+    assert Tau(from_probe=str(tmp_path)).resolve(two).value == 900.0
+    with pytest.raises(UsageError, match=r"whose time 900 is logSNR .*; of this one it is"):
+        Tau(from_probe=str(tmp_path)).resolve(five)
+
+
 def test_cells_survive_their_file(tmp_path: Path) -> None:
     cells = grid(3)
     report.write_cells(tmp_path / "x.csv", cells)

@@ -240,6 +240,44 @@ def test_the_text_encoder_goes_before_the_first_step(clips: Path, tiny_checkpoin
     assert sorted(spoken) == ["", "a disc moves right", "a square moves right", "blurry"], "each once"
 
 
+@pytest.mark.parametrize("name", ["clip-000", "another"])
+def test_clips_of_one_name_are_not_one_clip(name: str, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    """A validation clip called like the reference is looked at first, and is not what is learnt."""
+    one, two = write_clips(tmp_path / "clips", 2, frames=9, height=32, width=32)
+    folder = tmp_path / "validation"
+    folder.mkdir()
+    two.rename(folder / f"{name}.mp4")
+    (folder / f"{name}.txt").write_text("a disc | moves left")
+    job = customization(tiny_checkpoint("wan"), captions="split")
+    seen: dict[bool, list[Tensor]] = {True: [], False: []}
+    inner = job.clean_latents
+
+    def note(batch: Batch, backbone: Any) -> Tensor:
+        latents = inner(batch, backbone)
+        wanted = backbone.encode(batch.pixels)
+        torch.testing.assert_close(latents, wanted)
+        seen[job.trainer.training].append(latents)
+        return latents
+
+    job.clean_latents = note  # type: ignore[method-assign]
+    data = video(one.parent, "a disc | moves right", validation=str(folder))
+    trainer(tmp_path, max_steps=2, num_sanity_val_steps=1, limit_val_batches=1).fit(job, data)
+    assert len(seen[True]) == 2
+    assert seen[False]
+    assert (seen[True][0] - seen[False][0]).abs().max() > 1e-3
+
+
+def test_a_cache_of_captions_with_bars_is_refused(clips: Path, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    """Training would hear the bar, and videos not."""
+    job = customization(tiny_checkpoint("wan"), captions="split")
+    job._cache = object()  # type: ignore[assignment]
+    with pytest.raises(UsageError, match=r"the cache holds the caption 'a disc \| moves' encoded with its bar"):
+        job._check_cached("a disc | moves")
+    job._check_cached("a disc moves")
+    job.keep_bar = True
+    job._check_cached("a disc | moves")
+
+
 def test_several_references_are_each_encoded_once(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     folder = tmp_path / "two"
     write_clips(folder, 2, frames=9, height=32, width=32)

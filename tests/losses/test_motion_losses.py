@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -145,7 +146,8 @@ def test_one_frame_has_no_motion(loss: Loss) -> None:
 def record(
     query: Tensor, key: Tensor, role: str = "unified", grid: tuple[int, int, int] = (2, 1, 1)
 ) -> AttentionRecord:
-    return AttentionRecord("x", "", role, query, key, None, 1.0, 1, grid, None)  # type: ignore[arg-type]
+    unturned = key.transpose(1, 2).flatten(2)
+    return AttentionRecord("x", "", role, query, key, None, 1.0, 1, grid, None, unturned)  # type: ignore[arg-type]
 
 
 def test_maps_of_two_frames_by_hand() -> None:
@@ -397,7 +399,7 @@ def test_keys_have_one_layout_in_both_kinds_of_families(tiny_checkpoint: Tiny) -
     for name in ("latte", "cogvideox"):
         backbone = open_tiny(tiny_checkpoint(name))
         latents, t, text = denoising_inputs(backbone)
-        tap = AttentionTap(backbone)
+        tap = AttentionTap(backbone, unturned=True)
         with torch.no_grad():
             tap.run(lambda: backbone.denoise(latents, t, text))  # noqa: B023 - called at once
         frames, height, width = (n // p for n, p in zip(latents.shape[2:], backbone.geometry.patch, strict=True))
@@ -411,6 +413,85 @@ def test_keys_have_one_layout_in_both_kinds_of_families(tiny_checkpoint: Tiny) -
             else:
                 first = one.key.shape[2] - frames * height * width if one.text == "first" else 0
                 torch.testing.assert_close(head, one.key[0, 0, first + height * width + 2])
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox_rope", "hunyuan", "ltx", "mochi", "unet3d"])
+def test_what_stands_still_has_no_features_of_motion(name: str, tiny_checkpoint: Tiny) -> None:
+    """In the first layer, of a clip without noise; rotated by its frame, a still look would be another key in each."""
+    backbone = open_tiny(tiny_checkpoint(name))
+    latents, t, text = denoising_inputs(backbone)
+    still = latents[:, :, :1].expand_as(latents).contiguous()
+    for clip, moves in ((still, False), (latents, True)):
+        tap = AttentionTap(backbone, unturned=True)
+        with torch.no_grad():
+            tap.run(lambda: backbone.denoise(clip, t, text))  # noqa: B023 - called at once
+        features = key_features(tap.records[0])
+        change = features - features.mean(1, keepdim=True)
+        assert bool((change.abs().amax() > 1e-2 * features.abs().amax()) == moves), name
+
+
+def test_keys_before_their_rotation_must_be_asked_for(tiny_checkpoint: Tiny) -> None:
+    backbone = open_tiny(tiny_checkpoint("wan"))
+    latents, t, text = denoising_inputs(backbone)
+    tap = AttentionTap(backbone)
+    with torch.no_grad():
+        tap.run(lambda: backbone.denoise(latents, t, text))
+    with pytest.raises(UsageError, match="unturned=True"):
+        key_features(tap.records[0])
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox", "hunyuan", "ltx", "mochi"])
+def test_an_empty_prompt_has_maps(name: str, tiny_checkpoint: Tiny) -> None:
+    """Mochi's is of no token at all."""
+    backbone = adapted(tiny_checkpoint(name))
+    clean, times, _ = denoising_inputs(backbone, t=900.0)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(6))
+    text = backbone.encode_text(["a dog", ""])
+    loss = MotionFeatureMatching()(denoising_step(backbone, backbone.schedule, clean, noise, times, text))
+    assert torch.isfinite(loss).all()
+    loss.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in adapter_parameters(backbone).values() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", ["wan", "unet3d", "cogvideox"])
+def test_maps_of_heads_are_not_kept_for_the_backward_pass(name: str, tiny_checkpoint: Tiny) -> None:
+    """The mean over heads is the same, its gradient too, and little more than the mean is kept."""
+    backbone = open_tiny(tiny_checkpoint(name))
+    latents, t, text = denoising_inputs(backbone)
+    tap = AttentionTap(backbone, kind=("temporal", "cross"))
+    with torch.no_grad():
+        tap.run(lambda: backbone.denoise(latents, t, text))
+    for one in tap.records:
+        makers = [
+            *([AttentionRecord.same_site_map] if one.role != "cross" else []),
+            *(
+                [partial(AttentionRecord.cross_map, among_text=True, chunk=7)]
+                if one.role == "cross" or one.text
+                else []
+            ),
+        ]
+        for make in makers:
+            found = []
+            for mean_heads in (False, True):
+                record = replace(one, query=one.query.clone().requires_grad_(), key=one.key.clone().requires_grad_())
+                own = {record.query.untyped_storage().data_ptr(), record.key.untyped_storage().data_ptr()}
+                kept: dict[int, int] = {}
+
+                def pack(x: Tensor, kept: dict[int, int] = kept, own: set[int] = own) -> Tensor:
+                    storage = x.untyped_storage()
+                    if storage.data_ptr() not in own:
+                        kept[storage.data_ptr()] = storage.nbytes()
+                    return x
+
+                with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                    made = make(record, mean_heads=True) if mean_heads else make(record)
+                    if not mean_heads:
+                        made = made.mean(2 if make is AttentionRecord.same_site_map else 1)
+                made.pow(2).sum().backward()
+                found.append((made.detach(), record.query.grad, record.key.grad, sum(kept.values())))
+            for a, b in zip(found[0][:3], found[1][:3], strict=True):
+                torch.testing.assert_close(a, b)
+            assert found[1][3] <= 0.25 * found[0][3], (one.name, found[0][3], found[1][3])
 
 
 def test_displacements_need_attention_over_places(tiny_checkpoint: Tiny) -> None:
