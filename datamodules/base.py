@@ -129,6 +129,7 @@ class ResumableData(pl.LightningDataModule):
             sampler=sampler,
             num_workers=num_workers,
             collate_fn=self.collate,
+            worker_init_fn=outlive_notice,
         )
 
     def in_order(

@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from support.counting import Kick, count
+from support.counting import QUIET, Indices, Kick, Numbers, Recorder, count
 from support.ranks import run_ranks
 from support.strategies import Left, run
 
@@ -162,6 +162,39 @@ def with_workers(root: str) -> tuple[int, int, int]:
 
 def test_data_workers_outlive_the_signals(tmp_path: Path) -> None:
     assert run_ranks(with_workers, str(tmp_path), world=1) == [(2, 16, 0)]
+
+
+class TellValidationWorkers(pl.Callback):
+    """Send the whole group of a rank the signal that announces the end, while its workers read validation clips."""
+
+    def __init__(self) -> None:
+        self.told: list[int] = []
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: Any, *rest: Any) -> None:
+        if not self.told:
+            self.told = [p.pid for p in multiprocessing.active_children() if p.pid]
+            for pid in [*self.told, os.getpid()]:
+                os.kill(pid, signal.SIGTERM)
+
+
+class Validated(Numbers):
+    """Numbers that validation reads as it reads clips, by workers."""
+
+    def val_dataloader(self) -> Any:
+        return self.evaluation_loader(Indices(60), num_workers=2)
+
+
+def told_in_validation(root: str) -> tuple[int, int, list[str]]:
+    tell, module = TellValidationWorkers(), Recorder()
+    settings: dict[str, Any] = {**QUIET, **EPOCHS, "devices": 1, "default_root_dir": root, "val_check_interval": 2}
+    runner = pl.Trainer(**settings, callbacks=[Preemption(), tell])
+    with pytest.raises(Preempted):
+        runner.fit(module, datamodule=Validated(**DATA))
+    return len(tell.told), len(module.seen), [p.name for p in Path(root).glob("*.ckpt")]
+
+
+def test_workers_of_a_validation_outlive_the_signals_and_the_run_saves(tmp_path: Path) -> None:
+    assert run_ranks(told_in_validation, str(tmp_path), world=1) == [(2, 3, ["preempted-00000003.ckpt"])]
 
 
 # -- SLURM's queue -----------------------------------------------------------------------------------------------------
