@@ -10,10 +10,11 @@ from typing import Any, Optional
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
+from callbacks.order import in_order
 from muybridge.errors import UsageError
 
 NOTICE = b"\nCtrl-C: saving after this update, then stopping. Once more stops at once, and saves nothing.\n"
@@ -49,13 +50,10 @@ class Interruption(pl.Callback):
         self._last = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Take the last place before those that save: what others do after an update must be in the checkpoint."""
+        """Take the place before those that save: what others do after an update must be in the checkpoint."""
         if stage != TrainerFn.FITTING:
             return
-        rest = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
-        place = next((i for i, c in enumerate(rest) if isinstance(c, Checkpoint)), len(rest))
-        # A new list, because this one is being iterated over.
-        trainer.callbacks = [*rest[:place], self, *rest[place:]]  # type: ignore[attr-defined]
+        trainer.callbacks = in_order(trainer.callbacks, self)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen; not where nobody can press Ctrl-C (another thread, or a shell that made this process deaf to it)."""
