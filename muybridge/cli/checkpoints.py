@@ -34,6 +34,19 @@ def folders(trainer: Any, run: Optional[Path] = None) -> list[Path]:
     return named or [run if run is not None else Path(trainer.default_root_dir)]
 
 
+def left_early(trainer: Any, resuming: bool, run: Optional[Path]) -> list[Path]:
+    """Where callbacks.Preemption leaves what is to be gone on with, which may be beside the runs: each attempt is a run.
+
+    Asked for one run, a verb that does not go on with it means that run alone.
+    """
+    from callbacks.preemption import Preemption
+
+    if run is not None and not resuming:
+        return []
+    told = [Path(c.dirpath) for c in trainer.callbacks if isinstance(c, Preemption) and c.dirpath]
+    return [*told, *([Path(trainer.default_root_dir)] if run is not None else [])]
+
+
 def written(places: Sequence[Path]) -> list[Path]:
     """All checkpoints in or below some folders, oldest first."""
     found = {p for place in places if place.is_dir() for p in place.rglob("*.ckpt") if is_checkpoint(p)}
@@ -91,12 +104,11 @@ def resolve(given: Optional[str], trainer: Any, resuming: bool = False, run: Opt
         return _existing(given)
     places = folders(trainer, run)
     found = written(places)
-    if resuming and run is not None:
-        # What callbacks.Preemption leaves lies beside the runs, since every attempt is a run of its own.
-        left = [p for p in Path(trainer.default_root_dir).glob("preempted-*.ckpt") if is_checkpoint(p)]
-        found = sorted({*found, *left}, key=age)
+    beside = left_early(trainer, resuming, run)
+    left = [p for place in beside for p in place.glob("preempted-*.ckpt") if is_checkpoint(p)]
+    found = sorted({*found, *left}, key=age)
     if not found:
-        where = ", ".join(map(str, places))
+        where = ", ".join(dict.fromkeys(map(str, [*places, *beside])))
         if given == "last" and resuming:
             say(f"ckpt_path last: no checkpoint in {where} yet, starting from the beginning")
             return None

@@ -15,11 +15,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from callbacks.preemption import Preemption
 from muybridge.backbones import load
 from muybridge.backbones.base import Backbone
 from muybridge.cli.checkpoints import resolve
+from muybridge.errors import UsageError
 
 from .conftest import ROOT, Command
 
@@ -106,6 +109,26 @@ def test_the_config_of_a_run_means_that_run(command: Command, tiny_options: Opti
     trainer = pl.Trainer(default_root_dir=tmp_path / "run", accelerator="cpu", logger=False)
     assert resolve("last", trainer, resuming=True, run=first) == str(left)
     assert resolve("last", trainer, run=first) == str(first / "checkpoints/last.ckpt")
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_last_is_looked_for_where_preemption_leaves_it(told: bool, tmp_path: Path):
+    """In a folder of its own, beside a ModelCheckpoint that was told where to write and one that was not."""
+    root, kept, left = tmp_path / "run", tmp_path / "kept", tmp_path / "left"
+    saver = ModelCheckpoint(str(kept) if told else None)
+    callbacks = [saver, Preemption(dirpath=str(left))]
+    trainer = pl.Trainer(default_root_dir=root, accelerator="cpu", logger=False, callbacks=callbacks)
+    with pytest.raises(UsageError, match=f"no checkpoint in .*{left}"):
+        resolve("last", trainer)
+    older = (kept if told else root / "version_0/checkpoints") / "last.ckpt"
+    for age, file in enumerate((older, left / "preempted-00000004.ckpt", left / "of-another.ckpt")):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({}, file)
+        os.utime(file, (age, age))
+    assert resolve("last", trainer, resuming=True) == str(left / "preempted-00000004.ckpt")
+    assert resolve("last", trainer, resuming=True, run=root / "version_0") == str(left / "preempted-00000004.ckpt")
+    os.utime(older, (9, 9))
+    assert resolve("last", trainer) == str(older)
 
 
 def test_last_in_fit_means_the_beginning_where_there_is_none(command: Command, tiny_options: Options):
