@@ -147,6 +147,8 @@ class DiffusionModule(pl.LightningModule, ABC):
                 strategy.shard(backbone)
         if self.average_requested:
             self.average = WeightAverage(self, self.to_average())
+            # DDP would send all buffers before every forward; each rank makes the same averages of the same weights.
+            self._ddp_params_and_buffers_to_ignore = [f"average.{name}" for name, _ in self.average.named_buffers()]
 
     def _take_cache(self) -> None:
         """Check the datamodule's cache against the model, and let it stand in for the text encoder."""
