@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
+from callbacks.leaving import exit_code
 from callbacks.order import in_order
 from muybridge.errors import UsageError
 
@@ -23,8 +24,8 @@ NOTICE = b"\nCtrl-C: saving after this update, then stopping. Once more stops at
 class Interrupted(SystemExit):
     """The run has saved and stops, with the exit code that shells have for Ctrl-C."""
 
-    def __init__(self) -> None:
-        super().__init__(128 + signal.SIGINT)
+    def __init__(self, code: int = 128 + signal.SIGINT) -> None:
+        super().__init__(code)
 
 
 class Interruption(pl.Callback):
@@ -117,7 +118,7 @@ class Interruption(pl.Callback):
         rank_zero_info(f"stopped by Ctrl-C: saved {path}\nto go on: {how}")
         # A launcher ends all ranks when the first has left.
         trainer.strategy.barrier("interruption")
-        raise Interrupted
+        raise Interrupted(exit_code(trainer, 128 + signal.SIGINT))
 
     @staticmethod
     def _folder(trainer: pl.Trainer) -> Path:

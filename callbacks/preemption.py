@@ -19,6 +19,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
+from callbacks.leaving import exit_code
 from callbacks.order import in_order
 from muybridge.errors import UsageError
 
@@ -29,8 +30,8 @@ LEFT_EARLY = 75
 class Preempted(SystemExit):
     """The run has saved and leaves. No end of an epoch and no validation come first: the time is not the run's any more."""
 
-    def __init__(self) -> None:
-        super().__init__(LEFT_EARLY)
+    def __init__(self, code: int = LEFT_EARLY) -> None:
+        super().__init__(code)
 
 
 class Preemption(pl.Callback):
@@ -187,7 +188,7 @@ class Preemption(pl.Callback):
                 "a job that may be requeued",
                 "submit with #SBATCH --requeue; the checkpoint is saved, and submitting again goes on from it",
             )
-        raise Preempted
+        raise Preempted(exit_code(trainer, LEFT_EARLY))
 
     def _save(self, trainer: pl.Trainer) -> None:
         before = self._written()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -233,6 +234,46 @@ def told_in_validation(root: str) -> tuple[int, int, list[str]]:
 
 def test_workers_of_a_validation_outlive_the_signals_and_the_run_saves(tmp_path: Path) -> None:
     assert run_ranks(told_in_validation, str(tmp_path), world=1) == [(2, 3, ["preempted-00000003.ckpt"])]
+
+
+# -- processes that Lightning starts -----------------------------------------------------------------------------------
+
+SCRIPT = """
+import os, signal, sys, time
+import lightning.pytorch as pl
+from callbacks.interruption import Interruption
+from callbacks.preemption import Preemption
+from support.counting import Kick, count
+from support.strategies import strategy
+
+class Lingers(pl.Callback):
+    # The first process leaves long after the other: Lightning looks after its children every five seconds.
+    def on_exception(self, trainer, pl_module, exception):
+        os.write(1, f"rank {trainer.global_rank}: {exception.code};".encode())
+        if trainer.is_global_zero:
+            time.sleep(8)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+callbacks = [globals()[sys.argv[1]](), Kick(0, 3, sys.argv[2]), Lingers()]
+settings = dict(devices=2, strategy=strategy("ddp"), max_epochs=2, default_root_dir=sys.argv[3])
+count(dict(size=24, batch_size=3), settings, callbacks)
+"""
+
+
+@pytest.mark.parametrize(("callback", "told", "code"), [("Preemption", "SIGUSR1", 75), ("Interruption", "SIGINT", 130)])
+def test_the_code_is_that_of_the_process_that_started_the_others(
+    callback: str, told: str, code: int, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    tests = Path(__file__).resolve().parents[1]
+    path = os.pathsep.join([str(tests), str(tests.parent)])
+    command = [sys.executable, str(script), callback, told, str(tmp_path / "run")]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert sorted(done.stdout.split(";")) == ["", f"rank 0: {code}", "rank 1: 0"]
 
 
 # -- SLURM's queue -----------------------------------------------------------------------------------------------------
