@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 from muybridge.cli.front import rank
 from muybridge.cli.spelling import did_you_mean, near
@@ -115,7 +116,7 @@ def resolve(given: Optional[str], trainer: Any, resuming: bool = False, run: Opt
         raise UsageError(
             f"ckpt_path {given}: no checkpoint in {where}", "a run that has written one", "give the path of a file"
         )
-    chosen = found[-1] if given == "last" else _best(found)
+    chosen = found[-1] if given == "last" else _best(found, trainer)
     say(f"ckpt_path {given}: {chosen}")
     return str(chosen)
 
@@ -154,27 +155,55 @@ def _existing(given: str) -> str:
     )
 
 
-def _best(found: Sequence[Path]) -> Path:
-    """The best by the monitored value, as the newest checkpoint remembers it."""
+class Remembered(NamedTuple):
+    """What one checkpoint knows of the best one of its attempt at the run, by one value."""
+
+    monitor: str
+    mode: Optional[str]
+    """``min`` or ``max``, where the checkpoint says it."""
+    path: str
+    """Empty before there is one."""
+    score: Optional[float]
+    """``None`` of a path that an attempt has from the one before it, whose score Lightning drops."""
+    by: Path
+
+
+def _remembered(checkpoint: Path) -> list[Remembered]:
     from lightning_modules.checkpoints import load_plain
 
-    newest = found[-1]
-    states = load_plain(newest / "meta.pt" if newest.is_dir() else newest).get("callbacks", {})
-    best = [
-        Path(s["best_model_path"])
-        for s in states.values()
-        if isinstance(s, dict) and s.get("best_model_path") and s.get("monitor")
-    ]
-    if not best:
+    states = load_plain(checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint).get("callbacks", {})
+    known = []
+    for key, state in states.items():
+        if isinstance(state, dict) and state.get("monitor"):
+            mode, score = re.search(r"'mode': '(min|max)'", key), state.get("best_model_score")
+            told = None if mode is None else mode.group(1)
+            value = None if score is None else float(score)
+            known.append(Remembered(state["monitor"], told, state.get("best_model_path", ""), value, checkpoint))
+    return known
+
+
+def _best(found: Sequence[Path], trainer: Any) -> Path:
+    """The best by the value that the newest checkpoint's run watched, over all attempts: each remembers its own best."""
+    watched = _remembered(found[-1])[:1]
+    known = [r for file in found for r in _remembered(file) if r.path and r.monitor in {w.monitor for w in watched}]
+    if not known:
         raise UsageError(
-            f"ckpt_path best: the run of {newest} did not watch a value",
+            f"ckpt_path best: the run of {found[-1]} did not watch a value",
             "a ModelCheckpoint with monitor, such as val/loss",
             "use last, or the path of a file",
         )
+    best, same = known[-1], known[-1:]
+    modes = [c.mode for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None) == best.monitor]
+    mode = watched[0].mode or (modes[0] if modes else None)
+    scored = [(r.score, r) for r in known if r.score is not None]
+    if mode is not None and scored:
+        choose = min if mode == "min" else max
+        best = choose(reversed(scored), key=lambda pair: pair[0])[1]
+        same = [r for _, r in scored if r.path == best.path]
     # The run's folder may have been moved since.
-    for candidate in (best[0], newest.parent / best[0].name):
+    for candidate in (Path(best.path), *(r.by.parent / Path(best.path).name for r in same)):
         if is_checkpoint(candidate):
             return candidate
     raise UsageError(
-        f"ckpt_path best: {best[0]} is gone", "the file the run noted as its best", "use last, or the path of a file"
+        f"ckpt_path best: {best.path} is gone", "the file the run noted as its best", "use last, or the path of a file"
     )
