@@ -52,6 +52,11 @@ class EMA(pl.Callback):
             raise RuntimeError("the module made no average in configure_model, although EMA asked for it")
         return module.average
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Begin with the weights that all ranks have now: DDP has given every rank the first one's, but no averages."""
+        if pl_module.updates == 0:
+            self._average(pl_module).update(pl_module, 0.0)
+
     # -- updates ---------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:

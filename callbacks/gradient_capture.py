@@ -15,6 +15,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from callbacks.order import TakesLong
 from muybridge.attribution.names import canonical
 from muybridge.attribution.per_sample import BatchedEngine, ParameterEngine, PerSample, ShardedEngine
 from muybridge.attribution.projection import FastfoodProjection, Projection
@@ -49,7 +50,7 @@ class _Clip:
     weights: Optional[Tensor]
 
 
-class GradientCapture(pl.Callback):
+class GradientCapture(TakesLong):
     r"""Store ``P ∇_θ L(θ; clip, t, ε)`` of each clip, unnormalised, for ``muybridge select``.
 
     Training clips of the data are the candidates, its validation clips the queries. ``muybridge attribute`` makes one pass

@@ -10,10 +10,12 @@ from typing import Any, Optional
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
+from callbacks.leaving import exit_code
+from callbacks.order import in_order
 from muybridge.errors import UsageError
 
 NOTICE = b"\nCtrl-C: saving after this update, then stopping. Once more stops at once, and saves nothing.\n"
@@ -22,8 +24,8 @@ NOTICE = b"\nCtrl-C: saving after this update, then stopping. Once more stops at
 class Interrupted(SystemExit):
     """The run has saved and stops, with the exit code that shells have for Ctrl-C."""
 
-    def __init__(self) -> None:
-        super().__init__(128 + signal.SIGINT)
+    def __init__(self, code: int = 128 + signal.SIGINT) -> None:
+        super().__init__(code)
 
 
 class Interruption(pl.Callback):
@@ -49,13 +51,10 @@ class Interruption(pl.Callback):
         self._last = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Take the last place before those that save: what others do after an update must be in the checkpoint."""
+        """Take the place before those that save: what others do after an update must be in the checkpoint."""
         if stage != TrainerFn.FITTING:
             return
-        rest = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
-        place = next((i for i, c in enumerate(rest) if isinstance(c, Checkpoint)), len(rest))
-        # A new list, because this one is being iterated over.
-        trainer.callbacks = [*rest[:place], self, *rest[place:]]  # type: ignore[attr-defined]
+        trainer.callbacks = in_order(trainer.callbacks, self)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen; not where nobody can press Ctrl-C (another thread, or a shell that made this process deaf to it)."""
@@ -119,7 +118,7 @@ class Interruption(pl.Callback):
         rank_zero_info(f"stopped by Ctrl-C: saved {path}\nto go on: {how}")
         # A launcher ends all ranks when the first has left.
         trainer.strategy.barrier("interruption")
-        raise Interrupted
+        raise Interrupted(exit_code(trainer, 128 + signal.SIGINT))
 
     @staticmethod
     def _folder(trainer: pl.Trainer) -> Path:

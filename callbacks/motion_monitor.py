@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from callbacks.order import TakesLong
 from callbacks.samples import SamplingBar
 from muybridge.batch import Batch
 from muybridge.errors import UsageError
@@ -22,7 +23,7 @@ from muybridge.video import contact_sheet, to_frames, write_image, write_video
 MEASURES = ("amount", "smoothness")
 
 
-class MotionMonitor(pl.Callback):
+class MotionMonitor(TakesLong):
     """Sample fixed prompts now and then, measure their motion against the teacher's, and say when it collapses.
 
     The losses of a distillation do not tell: the student's is nearly constant by construction, and a student whose videos stand
@@ -41,6 +42,8 @@ class MotionMonitor(pl.Callback):
         videos: Write mp4 files too.
         dirpath: Where files go; ``motion`` in the run's own folder where not given.
     """
+
+    logs = "motion/"
 
     def __init__(
         self,
@@ -121,7 +124,7 @@ class MotionMonitor(pl.Callback):
         if not updates or updates % self.every or updates == self._last:
             return
         self._last = updates
-        with pl_module.averaged(), SamplingBar(trainer, "sampling the student") as on_step:
+        with SamplingBar(trainer, "sampling the student") as on_step, pl_module.averaged():
             pixels = pl_module.make_videos(self.batch, pl_module.sampling, on_step)
         found = self._measure(trainer, pixels)
         ratio = found["amount"] / max(self.teacher["amount"], 1e-12)

@@ -14,11 +14,13 @@ from typing import Any, Optional
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
+from callbacks.leaving import exit_code
+from callbacks.order import in_order
 from muybridge.errors import UsageError
 
 LEFT_EARLY = 75
@@ -28,8 +30,8 @@ LEFT_EARLY = 75
 class Preempted(SystemExit):
     """The run has saved and leaves. No end of an epoch and no validation come first: the time is not the run's any more."""
 
-    def __init__(self) -> None:
-        super().__init__(LEFT_EARLY)
+    def __init__(self, code: int = LEFT_EARLY) -> None:
+        super().__init__(code)
 
 
 class Preemption(pl.Callback):
@@ -70,12 +72,12 @@ class Preemption(pl.Callback):
         self._folder = Path()
         self._before: dict[int, Any] = {}
         self._owner = 0
-        self._last = 0
+        self._began = self._last = 0
 
     # -- listening -------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Any, pl_module: pl.LightningModule, stage: str) -> None:
-        """Listen from the start, since loading weights can take minutes, and take the last place among the callbacks."""
+        """Listen from the start, since loading weights can take minutes, and take the place among the callbacks."""
         if stage != TrainerFn.FITTING:
             return
         if threading.current_thread() is not threading.main_thread():
@@ -83,13 +85,9 @@ class Preemption(pl.Callback):
         environment = getattr(trainer._accelerator_connector, "cluster_environment", None)
         if isinstance(environment, SLURMEnvironment):
             environment.auto_requeue = False
-        # What others do after an update (EMA's step) must be in the checkpoint. A new list, because this one is being
-        # iterated over.
-        rest = [c for c in trainer.callbacks if c is not self]
-        first = next((i for i, c in enumerate(rest) if isinstance(c, Checkpoint)), len(rest))
-        trainer.callbacks = [*rest[:first], self, *rest[first:]]
+        trainer.callbacks = in_order(trainer.callbacks, self)
         # ModelCheckpoint, which sets up later, replaces what it was not told by the folder of this attempt's log.
-        told = [c.dirpath for c in rest if isinstance(c, ModelCheckpoint) and c.dirpath]
+        told = [c.dirpath for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
         self._folder = Path(self.dirpath or (told[0] if told else trainer.default_root_dir))
         self.told, self._owner = None, os.getpid()
         self._before = {number: signal.getsignal(number) for number in self.signals}
@@ -109,7 +107,7 @@ class Preemption(pl.Callback):
         # Lightning gives handlers back after a run as it found them, ours among them; after an error it does so last.
         found = trainer._signal_connector._original_handlers
         found.update({n: before for n, before in self._before.items() if found.get(n) == self._note})
-        self._last = trainer.global_step
+        self._began = self._last = trainer.global_step
         left = self._written()
         if left and not trainer.ckpt_path:
             raise UsageError(
@@ -158,6 +156,16 @@ class Preemption(pl.Callback):
         if told is not None:
             self._leave(trainer, told)
 
+    def asked(self, trainer: pl.Trainer) -> bool:
+        """Whether any rank was told to leave: for what takes long, between two steps that all ranks take together."""
+        return self._agreed(trainer) is not None
+
+    def leave(self, trainer: pl.Trainer) -> None:
+        """Save and leave, on all ranks that :meth:`asked`, with everything back in the place it has after an update."""
+        told = self._agreed(trainer)
+        if told is not None:
+            self._leave(trainer, told)
+
     def _agreed(self, trainer: pl.Trainer) -> Optional[int]:
         """What any rank was told: that signal asks for the most which is not SIGTERM."""
         urgency = 0 if self.told is None else 1 if self.told == signal.SIGTERM else 2
@@ -167,15 +175,11 @@ class Preemption(pl.Callback):
         return int(everywhere) or None
 
     def _leave(self, trainer: pl.Trainer, urgency: int) -> None:
-        before = self._written()
-        path = self._folder / f"{self._stem()}{trainer.global_step:08d}.ckpt"
-        trainer.save_checkpoint(path)
-        rank_zero_info(f"told to leave: saved {path}; --ckpt_path last goes on from it")
-        refused = ""
-        if trainer.is_global_zero:
-            self._remove(p for p in before if p != path)
-            if urgency == 2 and self.requeue:
-                refused = back_into_the_queue()
+        if trainer.global_step == self._began:
+            rank_zero_info("told to leave before the first update: there is nothing to save that was not there before")
+        else:
+            self._save(trainer)
+        refused = back_into_the_queue() if trainer.is_global_zero and urgency == 2 and self.requeue else ""
         # srun --kill-on-bad-exit ends all ranks when the first has left, so none may leave before the queue was asked.
         trainer.strategy.barrier("preemption")
         if refused:
@@ -184,7 +188,15 @@ class Preemption(pl.Callback):
                 "a job that may be requeued",
                 "submit with #SBATCH --requeue; the checkpoint is saved, and submitting again goes on from it",
             )
-        raise Preempted
+        raise Preempted(exit_code(trainer, LEFT_EARLY))
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        before = self._written()
+        path = self._folder / f"{self._stem()}{trainer.global_step:08d}.ckpt"
+        trainer.save_checkpoint(path)
+        rank_zero_info(f"told to leave: saved {path}; --ckpt_path last goes on from it")
+        if trainer.is_global_zero:
+            self._remove(p for p in before if p != path)
 
     # -- files -----------------------------------------------------------------------------------------------------
 

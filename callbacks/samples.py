@@ -11,6 +11,8 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from callbacks.order import TakesLong
+from callbacks.preemption import Preemption
 from callbacks.progress_line import ProgressLine
 from muybridge.batch import Batch
 from muybridge.errors import UsageError
@@ -18,7 +20,7 @@ from muybridge.progress import Progress
 from muybridge.video import contact_sheet, to_frames, write_gif, write_image, write_video
 
 
-class Samples(BasePredictionWriter):
+class Samples(BasePredictionWriter, TakesLong):
     """Write videos as mp4 with a contact sheet, and show the sheet in TensorBoard.
 
     Args:
@@ -103,7 +105,7 @@ class Samples(BasePredictionWriter):
         ids = [f"{i:02d}" for i in range(len(self.prompts))]
         sampling = module.sampling
         # Every rank takes part, since a sharded network needs all of them; the first one writes.
-        with module.averaged(), SamplingBar(trainer, f"sampling {len(ids)} clips") as on_step:
+        with SamplingBar(trainer, f"sampling {len(ids)} clips") as on_step, module.averaged():
             pixels = module.make_videos(Batch(ids=ids, prompts=self.prompts), sampling, on_step)
         if not trainer.is_global_zero:
             return
@@ -116,10 +118,21 @@ class Samples(BasePredictionWriter):
                 logger.experiment.add_image("samples", sheet, module.updates, dataformats="HWC")
 
 
+class CutShort(Exception):
+    """The run was told to leave while it was sampling."""
+
+
 class SamplingBar:
-    """How far sampling is, said by the first rank; given to samplers as ``on_step``. It goes when they are done."""
+    """How far sampling is, said by the first rank; given to samplers as ``on_step``. It goes when they are done.
+
+    All ranks sample together, so that they agree after every step whether the run was told to leave. What the sampling has
+    changed (averages in the place of weights) must be changed back inside the bar's context: the run leaves at its end.
+    """
 
     def __init__(self, trainer: pl.Trainer, label: str) -> None:
+        self.trainer = trainer
+        told = [c for c in trainer.callbacks if isinstance(c, Preemption)]  # type: ignore[attr-defined]
+        self.preemption: Optional[Preemption] = told[0] if told else None
         self.bar = trainer.progress_bar_callback
         self.show = trainer.is_global_zero and self.bar is not None
         self.label = label
@@ -135,7 +148,11 @@ class SamplingBar:
                 self.bar.clear()
             self.line = Progress(f"{self.label}, steps", count, self.show, ends=False)
         self.line.advance()
+        if self.preemption is not None and self.preemption.asked(self.trainer):
+            raise CutShort
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if self.line is not None:
             self.line.close()
+        if isinstance(error, CutShort) and self.preemption is not None:
+            self.preemption.leave(self.trainer)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Container, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from typing import Any, Literal, Optional
 
 import lightning.pytorch as pl
@@ -46,6 +47,7 @@ class ResumableData(pl.LightningDataModule):
         self._sampler: Optional[ResumableSampler] = None
         self._sampler_of: Optional[pl.Trainer] = None
         self._loaded: Optional[dict[str, Any]] = None
+        self._made_of: dict[str, Any] = {}
 
     @abstractmethod
     def train_dataset(self) -> Dataset[Any]:
@@ -54,6 +56,10 @@ class ResumableData(pl.LightningDataModule):
     def sample_weights(self) -> Optional[Sequence[float]]:
         """One for each training clip where an epoch is drawn with replacement; ``None`` where every clip comes once."""
         return None
+
+    def sample_names(self, dataset: Dataset[Any]) -> Optional[Iterable[str]]:
+        """What the samples are, in the order of their numbers; ``None`` where they have no names."""
+        return getattr(dataset, "ids", None)
 
     def make_sampler(self, dataset: Dataset[Any], **ranks: int) -> ResumableSampler:
         """Which of them come when; a subclass may have its own order."""
@@ -80,6 +86,8 @@ class ResumableData(pl.LightningDataModule):
             # Lightning asks again within a run (reload_dataloaders_every_n_epochs, a second fit).
             sampler.enter(*self._sampler.following)
         self._sampler, self._sampler_of = sampler, trainer
+        names = self.sample_names(dataset)
+        self._made_of = {"samples": len(dataset), "digest": digest(names) if names is not None else None}  # type: ignore[arg-type]
         if self._loaded is not None:
             self._enter()
         sampler.on_epoch = self._on_epoch
@@ -129,6 +137,7 @@ class ResumableData(pl.LightningDataModule):
             sampler=sampler,
             num_workers=num_workers,
             collate_fn=self.collate,
+            worker_init_fn=outlive_notice,
         )
 
     def in_order(
@@ -159,13 +168,14 @@ class ResumableData(pl.LightningDataModule):
             return {}
         if not sampler.begun:
             epoch, offset = sampler.following
-            return {"epoch": epoch, "samples_seen": offset, "epoch_done": False}
+            return {"epoch": epoch, "samples_seen": offset, "epoch_done": False, **self._made_of}
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress
         steps = progress.current.processed - sampler.steps_before(sampler.offset)
         return {
             "epoch": sampler.epoch,
             "samples_seen": sampler.offset + steps * sampler.global_batch,
             "epoch_done": bool(progress.is_last_batch and progress.current.processed == progress.current.ready),
+            **self._made_of,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -180,8 +190,21 @@ class ResumableData(pl.LightningDataModule):
         assert self._sampler is not None
         assert self._loaded is not None
         done = self._loaded["epoch_done"]
+        if self._loaded["samples_seen"] and not done:
+            self._compare(self._loaded)
         place = (self._loaded["epoch"] + 1, 0) if done else (self._loaded["epoch"], self._loaded["samples_seen"])
         self._sampler.enter(*place)
+
+    def _compare(self, loaded: dict[str, Any]) -> None:
+        """Warn where the place was counted in other samples; checkpoints of older versions do not say in which."""
+        # Taken out, since the place may be entered twice and is warned of once.
+        before = {name: loaded.pop(name) for name in self._made_of if loaded.get(name) is not None}
+        if any(self._made_of[name] not in (None, value) for name, value in before.items()):
+            rank_zero_warn(
+                f"this run stopped inside an epoch of {before['samples']} samples and goes on with {self._made_of['samples']}"
+                " that are not the same, or not in the same order: in what is left of this epoch some may come again and others"
+                " be missed; the next epoch has all of them"
+            )
 
     def _on_epoch(self) -> None:
         """Bring Lightning's count of batches in line with the place; once, after a resume, before its first epoch."""
@@ -205,3 +228,11 @@ class ResumableData(pl.LightningDataModule):
         pending = current.processed - current.completed
         current.ready = current.started = current.processed = int(steps)
         current.completed = int(steps) - pending
+
+
+def digest(names: Iterable[str]) -> str:
+    """A short text that is another one where any name or their order is."""
+    state = hashlib.sha256()
+    for name in names:
+        state.update(name.encode("utf-8", "surrogateescape") + b"\0")
+    return state.hexdigest()[:32]

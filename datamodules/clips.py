@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 from typing import Any, Literal, Optional
 
 import torch
@@ -179,6 +179,14 @@ class ClipData(ResumableData):
 
     def sample_weights(self) -> Optional[Sequence[float]]:
         return self._plan.weights
+
+    def sample_names(self, dataset: Dataset[Any]) -> Iterable[str]:
+        """Ids; with several buckets, the order depends on which of them each clip is in."""
+        assert isinstance(dataset, ClipDataset)
+        if len(self.buckets) == 1:
+            return (clip.id for clip in dataset.samples)
+        shapes = [None if b is None else self.buckets[b] for b in dataset.bucket_of]
+        return (f"{dataset.clips[place].id} {shapes[place]}" for place in dataset.places)
 
     def make_sampler(self, dataset: Dataset[Any], **ranks: int) -> ClipSampler:
         """The order of the clips: with several buckets, one whose global batches are of one bucket each."""

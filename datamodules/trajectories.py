@@ -26,7 +26,12 @@ class TrajectoryDataset(Dataset[TrajectoryBatch]):
         self.trajectories, self.cache = trajectories, cache
 
     def __len__(self) -> int:
-        return len(self.trajectories.ids)
+        return len(self.ids)
+
+    @property
+    def ids(self) -> list[str]:
+        """Their names."""
+        return self.trajectories.ids
 
     def __getitem__(self, index: int) -> TrajectoryBatch:
         row = self.trajectories.read(self.trajectories.ids[index])

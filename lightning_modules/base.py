@@ -148,6 +148,8 @@ class DiffusionModule(pl.LightningModule, ABC):
                 strategy.shard(backbone)
         if self.average_requested:
             self.average = WeightAverage(self, self.to_average())
+            # DDP would send all buffers before every forward; each rank makes the same averages of the same weights.
+            self._ddp_params_and_buffers_to_ignore = [f"average.{name}" for name, _ in self.average.named_buffers()]
 
     def _check_frame_rate(self, data: Any) -> None:
         """Warn where a network whose positions are seconds is told another rate than the clips have."""
@@ -313,6 +315,10 @@ class DiffusionModule(pl.LightningModule, ABC):
         """Inside it the averaged weights are in place, where the run keeps an average."""
         return self.average.swapped(self) if self.average is not None else nullcontext()
 
+    def run_precision(self) -> AbstractContextManager[Any]:
+        """The arithmetic of the run's steps. Lightning enters it for its own steps alone, not for hooks and other verbs."""
+        return self._trainer.precision_plugin.forward_context() if self._trainer is not None else nullcontext()
+
     # -- videos ----------------------------------------------------------------------------------------------------
 
     def noise_for(self, ids: list[str], sampling: Sampling) -> Tensor:
@@ -340,15 +346,16 @@ class DiffusionModule(pl.LightningModule, ABC):
         modes = [(module, module.training) for module in backbone.modules()]
         backbone.eval()
         try:
-            latents = backbone.sample(
-                self.noise_for(batch.ids, sampling),
-                conditioning,
-                steps=sampling.steps,
-                guidance=sampling.guidance,
-                unconditional=empty,
-                generator=[keyed_generator(sampling.seed, "sampler", name) for name in batch.ids],
-                on_step=on_step,
-            )
+            with self.run_precision():
+                latents = backbone.sample(
+                    self.noise_for(batch.ids, sampling),
+                    conditioning,
+                    steps=sampling.steps,
+                    guidance=sampling.guidance,
+                    unconditional=empty,
+                    generator=[keyed_generator(sampling.seed, "sampler", name) for name in batch.ids],
+                    on_step=on_step,
+                )
         finally:
             for module, mode in modes:
                 module.training = mode

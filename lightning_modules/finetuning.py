@@ -12,7 +12,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_modules.base import DiffusionModule, Sampling, freeze, present_sum
+from lightning_modules.gradients import exchange, scale, total_norm, whole_ones
 from lightning_modules.optimization import LearningRate
+from lightning_modules.parallel import FullyShard
 from muybridge.backbones.adapters import LoRA, check_lora, inject, resolve_range
 from muybridge.backbones.base import Backbone
 from muybridge.batch import Batch
@@ -221,8 +223,10 @@ class Finetuning(DiffusionModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """The gradient norm, before clipping; an update that is not finite is skipped, on all ranks."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if isinstance(self.trainer.strategy, FullyShard):
+            # What a loss learns of its own is not sharded, and DDP, which would exchange it, is not there.
+            exchange(self.trainer.strategy, whole_ones(gradients))
+        norm = total_norm(gradients)
         self.log("train/grad_norm", norm)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
         if bool(torch.isfinite(norm)):
@@ -239,6 +243,22 @@ class Finetuning(DiffusionModule):
         rank_zero_warn(f"update {self.updates}: the gradient is not finite, its step is skipped")
         for parameter in self.parameters():
             parameter.grad = None
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: Optional[float] = None,
+        gradient_clip_algorithm: Optional[str] = None,
+    ) -> None:
+        """Clip; where shards and whole weights are trained together, by the norm of both, which torch does not take."""
+        trained = [p for p in self.parameters() if p.grad is not None]
+        whole = whole_ones(p.grad for p in trained)
+        if not gradient_clip_val or gradient_clip_algorithm == "value" or len(whole) in (0, len(trained)):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        size = float(total_norm([p.grad for p in trained]))
+        if size > gradient_clip_val:
+            scale(trained, gradient_clip_val / size)
 
     def on_validation_epoch_start(self) -> None:
         """Begin a measurement."""

@@ -325,10 +325,11 @@ class MotionScore(Finetuning):
         """
         text = self.text(batch, self.backbone)
         empty = None if sampling.guidance == 1.0 else self.backbone.unconditional(sampling.negative_prompt)
-        if self.differences.given:
-            latents = self._continued(batch, sampling, text, empty)
-        else:
-            latents = self._appearance_clip(batch, sampling, text, empty, self.mixing.weight, on_step)
+        with self.run_precision():
+            if self.differences.given:
+                latents = self._continued(batch, sampling, text, empty)
+            else:
+                latents = self._appearance_clip(batch, sampling, text, empty, self.mixing.weight, on_step)
         return self.backbone.decode(latents)
 
     def _appearance_clip(

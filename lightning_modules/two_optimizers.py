@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lightning_modules.base import DiffusionModule
 from lightning_modules.finetuning import MAX_SKIPPED
-from muybridge.backbones.sharding import local, reshard
+from lightning_modules.gradients import exchange, scale, total_norm, whole_ones
+from muybridge.backbones.sharding import reshard
 from muybridge.errors import UsageError
 
 
@@ -51,7 +52,8 @@ class TwoOptimizers(DiffusionModule):
         wrapped: Any = self.optimizers()
         optimizer = wrapped[index].optimizer
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self._exchange([p.grad for p in parameters if not hasattr(p.grad, "full_tensor")])
+        if self.trainer.world_size > 1:
+            exchange(self.trainer.strategy, whole_ones(p.grad for p in parameters))
         norm = total_norm([p.grad for p in parameters])
         finite = self.trainer.strategy.reduce(torch.isfinite(norm).float().reshape(1), reduce_op="min")
         self.log(f"{role}/grad_norm", norm.float())
@@ -62,7 +64,7 @@ class TwoOptimizers(DiffusionModule):
             limit = self.clip_of[role]
             size = float(norm)
             if limit is not None and size > limit:
-                torch._foreach_mul_([local(p.grad) for p in parameters], limit / size)
+                scale(parameters, limit / size)
         else:
             self._skip(role, parameters)
         if index == len(self.clip_of) - 1:
@@ -91,20 +93,6 @@ class TwoOptimizers(DiffusionModule):
         for parameter in parameters:
             parameter.grad = None
 
-    def _exchange(self, gradients: list[Any], chunk: int = 2**25) -> None:
-        """The mean over ranks, in place, in pieces of so many elements."""
-        if self.trainer.world_size == 1:
-            return
-        waiting: list[Tensor] = []
-        for place, gradient in enumerate(gradients):
-            waiting.append(gradient)
-            if sum(g.numel() for g in waiting) >= chunk or place == len(gradients) - 1:
-                flat = torch.cat([g.flatten() for g in waiting])
-                flat = self.trainer.strategy.reduce(flat, reduce_op="mean")
-                for one, part in zip(waiting, flat.split([g.numel() for g in waiting]), strict=True):
-                    one.copy_(part.view_as(one))
-                waiting = []
-
 
 def check_fused(role: str, optimizer: torch.optim.Optimizer) -> None:
     """Refuse a fused optimizer of sharded weights and whole ones, which torch would refuse at the first step.
@@ -121,19 +109,3 @@ def check_fused(role: str, optimizer: torch.optim.Optimizer) -> None:
                 "an optimizer that takes both",
                 f"set {role}_optimizer's fused to null",
             )
-
-
-@torch.no_grad()
-def total_norm(gradients: list[Any]) -> Tensor:
-    """The norm of all gradients together, whole ones and parts of sharded ones alike."""
-    if not gradients:
-        return torch.zeros(())
-    sharded = [g for g in gradients if hasattr(g, "full_tensor")]
-    whole = [g for g in gradients if not hasattr(g, "full_tensor")]
-    norms = []
-    if sharded:
-        norm: Any = torch.nn.utils.get_total_norm(sharded)
-        norms.append(norm.full_tensor())
-    if whole:
-        norms.append(torch.nn.utils.get_total_norm(whole))
-    return torch.stack(norms).norm()

@@ -38,6 +38,23 @@ def refuse_others(folder: Path, kind: str, todo: str = "choose another --out") -
         raise UsageError(f"{folder} exists and holds no {kind}", f"a new or empty folder, or one with {kind}", todo)
 
 
+def begun(note: Path, kind: str, todo: str = "choose another --out") -> bool:
+    """Whether a folder has its note; one that holds anything else is refused.
+
+    Several processes may begin a folder at once. The note is the first that each of them puts there, so where there is
+    something and was no note before, there is one now.
+    """
+    if note.is_file():
+        return True
+    try:
+        refuse_others(note.parent, kind, todo)
+    except UsageError:
+        if note.is_file():
+            return True
+        raise
+    return False
+
+
 def begin(
     note: Path,
     settings: Mapping[str, Any],
@@ -56,10 +73,8 @@ def begin(
         alone: Whether nothing else may be in the folder.
         todo: What to do where they are not the same.
     """
-    if note.is_file():
+    if begun(note, kind, todo) if alone else note.is_file():
         made = json.loads(note.read_text(encoding="utf-8"))
         check_same(f"the {kind} in {note.parent} were", {**plain(usual or {}), **made}, settings, todo)
         return
-    if alone:
-        refuse_others(note.parent, kind, todo)
     write_text(note, json.dumps(plain(settings), indent=2) + "\n")

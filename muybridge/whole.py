@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,9 @@ def whole(path: str | Path, suffix: bool = False) -> Iterator[Path]:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     ending = target.suffix if suffix else ".partial"
-    temporary = target.with_name(f".{target.stem if suffix else target.name}.{os.getpid()}{ending}")
+    # The number of a process is its own on one machine only.
+    own = f"{os.getpid()}-{uuid.uuid4().hex}"
+    temporary = target.with_name(f".{target.stem if suffix else target.name}.{own}{ending}")
     try:
         yield temporary
         os.replace(temporary, target)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 from muybridge.cli.front import rank
 from muybridge.cli.spelling import did_you_mean, near
@@ -32,6 +33,19 @@ def folders(trainer: Any, run: Optional[Path] = None) -> list[Path]:
     """Where checkpoints lie: the ``dirpath`` of each ModelCheckpoint, else all below the folder of the run, or of all runs."""
     named = [Path(c.dirpath) for c in trainer.checkpoint_callbacks if getattr(c, "dirpath", None)]
     return named or [run if run is not None else Path(trainer.default_root_dir)]
+
+
+def left_early(trainer: Any, resuming: bool, run: Optional[Path]) -> list[Path]:
+    """Where callbacks.Preemption leaves what is to be gone on with, which may be beside the runs: each attempt is a run.
+
+    Asked for one run, a verb that does not go on with it means that run alone.
+    """
+    from callbacks.preemption import Preemption
+
+    if run is not None and not resuming:
+        return []
+    told = [Path(c.dirpath) for c in trainer.callbacks if isinstance(c, Preemption) and c.dirpath]
+    return [*told, *([Path(trainer.default_root_dir)] if run is not None else [])]
 
 
 def written(places: Sequence[Path]) -> list[Path]:
@@ -91,19 +105,18 @@ def resolve(given: Optional[str], trainer: Any, resuming: bool = False, run: Opt
         return _existing(given)
     places = folders(trainer, run)
     found = written(places)
-    if resuming and run is not None:
-        # What callbacks.Preemption leaves lies beside the runs, since every attempt is a run of its own.
-        left = [p for p in Path(trainer.default_root_dir).glob("preempted-*.ckpt") if is_checkpoint(p)]
-        found = sorted({*found, *left}, key=age)
+    beside = left_early(trainer, resuming, run)
+    left = [p for place in beside for p in place.glob("preempted-*.ckpt") if is_checkpoint(p)]
+    found = sorted({*found, *left}, key=age)
     if not found:
-        where = ", ".join(map(str, places))
+        where = ", ".join(dict.fromkeys(map(str, [*places, *beside])))
         if given == "last" and resuming:
             say(f"ckpt_path last: no checkpoint in {where} yet, starting from the beginning")
             return None
         raise UsageError(
             f"ckpt_path {given}: no checkpoint in {where}", "a run that has written one", "give the path of a file"
         )
-    chosen = found[-1] if given == "last" else _best(found)
+    chosen = found[-1] if given == "last" else _best(found, trainer)
     say(f"ckpt_path {given}: {chosen}")
     return str(chosen)
 
@@ -142,27 +155,55 @@ def _existing(given: str) -> str:
     )
 
 
-def _best(found: Sequence[Path]) -> Path:
-    """The best by the monitored value, as the newest checkpoint remembers it."""
+class Remembered(NamedTuple):
+    """What one checkpoint knows of the best one of its attempt at the run, by one value."""
+
+    monitor: str
+    mode: Optional[str]
+    """``min`` or ``max``, where the checkpoint says it."""
+    path: str
+    """Empty before there is one."""
+    score: Optional[float]
+    """``None`` of a path that an attempt has from the one before it, whose score Lightning drops."""
+    by: Path
+
+
+def _remembered(checkpoint: Path) -> list[Remembered]:
     from lightning_modules.checkpoints import load_plain
 
-    newest = found[-1]
-    states = load_plain(newest / "meta.pt" if newest.is_dir() else newest).get("callbacks", {})
-    best = [
-        Path(s["best_model_path"])
-        for s in states.values()
-        if isinstance(s, dict) and s.get("best_model_path") and s.get("monitor")
-    ]
-    if not best:
+    states = load_plain(checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint).get("callbacks", {})
+    known = []
+    for key, state in states.items():
+        if isinstance(state, dict) and state.get("monitor"):
+            mode, score = re.search(r"'mode': '(min|max)'", key), state.get("best_model_score")
+            told = None if mode is None else mode.group(1)
+            value = None if score is None else float(score)
+            known.append(Remembered(state["monitor"], told, state.get("best_model_path", ""), value, checkpoint))
+    return known
+
+
+def _best(found: Sequence[Path], trainer: Any) -> Path:
+    """The best by the value that the newest checkpoint's run watched, over all attempts: each remembers its own best."""
+    watched = _remembered(found[-1])[:1]
+    known = [r for file in found for r in _remembered(file) if r.path and r.monitor in {w.monitor for w in watched}]
+    if not known:
         raise UsageError(
-            f"ckpt_path best: the run of {newest} did not watch a value",
+            f"ckpt_path best: the run of {found[-1]} did not watch a value",
             "a ModelCheckpoint with monitor, such as val/loss",
             "use last, or the path of a file",
         )
+    best, same = known[-1], known[-1:]
+    modes = [c.mode for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None) == best.monitor]
+    mode = watched[0].mode or (modes[0] if modes else None)
+    scored = [(r.score, r) for r in known if r.score is not None]
+    if mode is not None and scored:
+        choose = min if mode == "min" else max
+        best = choose(reversed(scored), key=lambda pair: pair[0])[1]
+        same = [r for _, r in scored if r.path == best.path]
     # The run's folder may have been moved since.
-    for candidate in (best[0], newest.parent / best[0].name):
+    for candidate in (Path(best.path), *(r.by.parent / Path(best.path).name for r in same)):
         if is_checkpoint(candidate):
             return candidate
     raise UsageError(
-        f"ckpt_path best: {best[0]} is gone", "the file the run noted as its best", "use last, or the path of a file"
+        f"ckpt_path best: {best.path} is gone", "the file the run noted as its best", "use last, or the path of a file"
     )

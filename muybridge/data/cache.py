@@ -25,7 +25,7 @@ from torch import Tensor
 
 from muybridge.backbones.base import Backbone
 from muybridge.batch import Batch
-from muybridge.begun import check_same, refuse_others
+from muybridge.begun import begun, check_same
 from muybridge.data.buckets import Bucket
 from muybridge.data.clips import Clip
 from muybridge.data.content import content_key, latents_key, size_of_key, text_encoder_key, text_key
@@ -131,12 +131,11 @@ def open_column(
     """
     folder = Path(cache) / name
     content = {"encoder": encoder, "preprocessing": preprocessing or {}, "storage": storage or {}}
-    if (folder / "manifest.json").exists():
+    if begun(folder / "manifest.json", "cache"):
         manifest = read_manifest(folder)
         for section, wanted in content.items():
             check_key(Path(cache), manifest[section], wanted)
     else:
-        refuse_others(folder, "cache")
         text = json.dumps({"format": FORMAT, "column": name, **content}, indent=2)
         write_text(folder / "manifest.json", text + "\n")
     sweep(folder)

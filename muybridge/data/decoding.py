@@ -19,6 +19,7 @@ from typing import Any, Literal, Optional, Protocol
 import numpy as np
 
 from muybridge.data.account import BadVideo
+from muybridge.data.memory import Memory
 from muybridge.video import Frames
 
 Size = tuple[int, int]
@@ -75,6 +76,16 @@ class Index:
     rate: float
     reason: str
 
+    @property
+    def nbytes(self) -> int:
+        """About how much memory it takes: 16 bytes a frame, and what is not in arrays."""
+        arrays = [a for a in (self.times, self.stamps, self.keys) if a is not None]
+        return sum(a.nbytes for a in arrays) + 1024
+
+
+_indices: Memory[Index] = Memory(2**28, lambda index: index.nbytes)
+"""Those this process used last: of short clips a hundred thousand, of films of two hours some ninety."""
+
 
 def check_file(path: Path) -> os.stat_result:
     """Refuse what no decoder should be let near: opening a pipe, for one, blocks for ever."""
@@ -99,11 +110,10 @@ def check_file(path: Path) -> os.stat_result:
 def read_index(path: str | Path) -> Index:
     """The index of a file; kept as long as the file does not change."""
     status = check_file(Path(path))
-    return _index(str(path), status.st_mtime_ns, status.st_size)
+    return _indices.get((str(path), status.st_mtime_ns, status.st_size), lambda: _index(str(path)))
 
 
-@functools.lru_cache(maxsize=2048)
-def _index(path: str, changed: int, length: int) -> Index:
+def _index(path: str) -> Index:
     av = _av()
     try:
         # Names of tracks and the like are never read here, so theirs may be in any encoding.

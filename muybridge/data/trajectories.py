@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from muybridge.batch import joined_presence
-from muybridge.begun import check_same, refuse_others
+from muybridge.begun import begun, check_same
 from muybridge.data.shards import ShardReader, ShardWriter, find_broken, remove, sweep
 from muybridge.diffusion.conditioning import Conditioning
 from muybridge.errors import UsageError
@@ -110,10 +110,9 @@ class TrajectoryWriter:
         self, folder: str | Path, made: Mapping[str, Any], dtype: torch.dtype = torch.float32, **options: Any
     ) -> None:
         self.folder, self.dtype = Path(folder), dtype
-        if (self.folder / "manifest.json").exists():
+        if begun(self.folder / "manifest.json", "trajectories"):
             check_same(f"the trajectories in {folder} were", read_made(self.folder), made, "write to another folder")
         else:
-            refuse_others(self.folder, "trajectories")
             text = json.dumps({"format": FORMAT, "made": dict(made)}, indent=2)
             write_text(self.folder / "manifest.json", text + "\n")
         sweep(self.folder)

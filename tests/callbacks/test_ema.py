@@ -10,15 +10,17 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from support.counting import Recorder
-from support.jobs import finetuning, latents_for, trainer
+from support.jobs import finetuning, latents_for, sgd, trainer
 from support.ranks import run_ranks
 from support.strategies import strategy
 from torch import Tensor, nn
 
 from callbacks.ema import EMA
+from lightning_modules import Finetuning
 from muybridge.averaging import WeightAverage, warm_decay
 from muybridge.backbones.sharding import full, reshard
 from muybridge.errors import UsageError
+from muybridge.losses import Denoising
 
 Tiny = Callable[[str], Path]
 
@@ -148,6 +150,43 @@ def test_shards_are_swapped_and_brought_back_exactly(tiny_checkpoint: Tiny, tmp_
 
 
 # -- the container alone -----------------------------------------------------------------------------------------------
+
+
+class Apart(Finetuning):
+    """Its ranks load different weights, which DDP makes those of the first."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter += 0.1 * self.trainer.global_rank
+
+
+class Sent(pl.Callback):
+    """What DDP keeps equal between ranks beside the gradients."""
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        ddp: Any = trainer.strategy.model
+        self.names, self.ignored = sorted(ddp.named_module_buffers), sorted(ddp.parameters_to_ignore)
+
+
+def averaged_apart(path: str, root: str) -> tuple[dict[str, Tensor], list[str], list[str], list[str]]:
+    sent, plain = Sent(), finetuning(path)
+    module = Apart(backbone=plain.backbone, losses=[Denoising()], optimizer=sgd, sampling=plain.sampling)
+    callbacks = [EMA(decay=0.9), sent]
+    settings: dict[str, Any] = dict(max_steps=3, devices=2, strategy=strategy("ddp"), limit_val_batches=0)
+    trainer(root, callbacks=callbacks, **settings).fit(module, datamodule=latents_for(plain, count=8))
+    return averages(module), sent.names, sent.ignored, sorted(f"average.{n}" for n, _ in module.average.named_buffers())
+
+
+def test_ranks_keep_equal_averages_without_sending_them(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    ranks = run_ranks(averaged_apart, str(tiny_checkpoint("wan")), str(tmp_path))
+    for found, sent, ignored, names in ranks:
+        assert names
+        assert ignored == names
+        assert not set(sent).intersection(names)
+        for name, average in found.items():
+            assert torch.equal(average, ranks[0][0][name]), name
 
 
 def test_averages_of_low_precision_weights_are_kept_in_float32_and_move() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,16 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from support.counting import Kick, count
+from support.counting import QUIET, Indices, Kick, Numbers, Recorder, count
 from support.ranks import run_ranks
 from support.strategies import Left, run
 
 from callbacks.ema import EMA
+from callbacks.interruption import Interruption
+from callbacks.order import TakesLong
 from callbacks.preemption import LEFT_EARLY, Preempted, Preemption
+from callbacks.samples import Samples
+from lightning_modules import Sampling
 from muybridge.errors import UsageError
 
 Tiny = Callable[[str], Path]
@@ -124,6 +129,40 @@ def test_the_checkpoint_lies_where_last_is_looked_for(tmp_path: Path) -> None:
     assert max(files, key=lambda p: p.stat().st_mtime_ns) == tmp_path / "root" / "preempted-00000004.ckpt"
 
 
+class Long(TakesLong):
+    """Has seen an update or not."""
+
+    logs = "seen/"
+
+    def __init__(self) -> None:
+        self.updates = 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *rest: Any) -> None:
+        self.updates += 1
+        pl_module.log("seen/updates", float(self.updates))
+
+
+@pytest.mark.parametrize("leaves", [Preemption, Interruption])
+def test_those_that_save_do_not_wait_for_what_takes_long(leaves: Any, tmp_path: Path) -> None:
+    long, seen = Long(), {}
+
+    class Saves(ModelCheckpoint):
+        def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+            seen[self.monitor] = (trainer.global_step, long.updates)
+
+    every: dict[str, Any] = dict(dirpath=str(tmp_path), every_n_train_steps=2, save_top_k=-1)
+    savers = [Saves(**every), Saves(**every, monitor="seen/updates")]
+    settings = {"max_steps": 2, "default_root_dir": str(tmp_path), "enable_checkpointing": True}
+    count(DATA, settings, [*savers, long, leaves()])
+    assert seen == {None: (2, 1), "seen/updates": (2, 2)}, "but who saves by what it finds does"
+
+
+def test_a_run_leaves_before_what_takes_long(tmp_path: Path) -> None:
+    long = Long()
+    assert leave(tmp_path, "SIGUSR1", 3, long)
+    assert long.updates == 3
+
+
 def test_handlers_are_given_back(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGUSR1), signal.getsignal(signal.SIGTERM)
     leave(tmp_path / "a")
@@ -162,6 +201,79 @@ def with_workers(root: str) -> tuple[int, int, int]:
 
 def test_data_workers_outlive_the_signals(tmp_path: Path) -> None:
     assert run_ranks(with_workers, str(tmp_path), world=1) == [(2, 16, 0)]
+
+
+class TellValidationWorkers(pl.Callback):
+    """Send the whole group of a rank the signal that announces the end, while its workers read validation clips."""
+
+    def __init__(self) -> None:
+        self.told: list[int] = []
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: Any, *rest: Any) -> None:
+        if not self.told:
+            self.told = [p.pid for p in multiprocessing.active_children() if p.pid]
+            for pid in [*self.told, os.getpid()]:
+                os.kill(pid, signal.SIGTERM)
+
+
+class Validated(Numbers):
+    """Numbers that validation reads as it reads clips, by workers."""
+
+    def val_dataloader(self) -> Any:
+        return self.evaluation_loader(Indices(60), num_workers=2)
+
+
+def told_in_validation(root: str) -> tuple[int, int, list[str]]:
+    tell, module = TellValidationWorkers(), Recorder()
+    settings: dict[str, Any] = {**QUIET, **EPOCHS, "devices": 1, "default_root_dir": root, "val_check_interval": 2}
+    runner = pl.Trainer(**settings, callbacks=[Preemption(), tell])
+    with pytest.raises(Preempted):
+        runner.fit(module, datamodule=Validated(**DATA))
+    return len(tell.told), len(module.seen), [p.name for p in Path(root).glob("*.ckpt")]
+
+
+def test_workers_of_a_validation_outlive_the_signals_and_the_run_saves(tmp_path: Path) -> None:
+    assert run_ranks(told_in_validation, str(tmp_path), world=1) == [(2, 3, ["preempted-00000003.ckpt"])]
+
+
+# -- processes that Lightning starts -----------------------------------------------------------------------------------
+
+SCRIPT = """
+import os, signal, sys, time
+import lightning.pytorch as pl
+from callbacks.interruption import Interruption
+from callbacks.preemption import Preemption
+from support.counting import Kick, count
+from support.strategies import strategy
+
+class Lingers(pl.Callback):
+    # The first process leaves long after the other: Lightning looks after its children every five seconds.
+    def on_exception(self, trainer, pl_module, exception):
+        os.write(1, f"rank {trainer.global_rank}: {exception.code};".encode())
+        if trainer.is_global_zero:
+            time.sleep(8)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+callbacks = [globals()[sys.argv[1]](), Kick(0, 3, sys.argv[2]), Lingers()]
+settings = dict(devices=2, strategy=strategy("ddp"), max_epochs=2, default_root_dir=sys.argv[3])
+count(dict(size=24, batch_size=3), settings, callbacks)
+"""
+
+
+@pytest.mark.parametrize(("callback", "told", "code"), [("Preemption", "SIGUSR1", 75), ("Interruption", "SIGINT", 130)])
+def test_the_code_is_that_of_the_process_that_started_the_others(
+    callback: str, told: str, code: int, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    tests = Path(__file__).resolve().parents[1]
+    path = os.pathsep.join([str(tests), str(tests.parent)])
+    command = [sys.executable, str(script), callback, told, str(tmp_path / "run")]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert sorted(done.stdout.split(";")) == ["", f"rank 0: {code}", "rank 1: 0"]
 
 
 # -- SLURM's queue -----------------------------------------------------------------------------------------------------
@@ -247,8 +359,41 @@ def told(path: str, root: str, places: dict[int, tuple[int, int]]) -> int:
     return left.value.code  # type: ignore[return-value]
 
 
-def resumed(path: str, root: str, ckpt_path: str) -> Left:
-    return run(path, "folder", root, ckpt_path=ckpt_path, callbacks=(Preemption(), EMA(decay=0.9)))
+SAMPLED: dict[str, Any] = dict(job={"sampling": Sampling(steps=5, guidance=3.0, frames=9, height=16, width=16)})
+
+
+def told_while_sampling(path: str, root: str, kind: str, places: dict[int, tuple[int, int]]) -> tuple[int, list[str]]:
+    callbacks = (Samples(["a dog"], every=2), EMA(decay=0.9), KickInside(places), Preemption())
+    with pytest.raises(Preempted) as left:
+        run(path, kind, root, callbacks=callbacks, **SAMPLED)
+    return left.value.code, sorted(p.name for p in Path(root).iterdir())  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("kind", "world"), [("one", 1), ("folder", 2)])
+def test_a_sampling_is_left_early_with_the_weights_and_not_the_averages(
+    kind: str, world: int, tiny_checkpoint: Tiny, tmp_path: Path
+) -> None:
+    path = str(tiny_checkpoint("wan"))
+    wanted = run(path, "one", str(tmp_path / "one"), callbacks=(EMA(decay=0.9),))
+    # Inside the first forward after the second update, which is the sampling's.
+    found = run_ranks(told_while_sampling, path, str(tmp_path / "two"), kind, {0: (2, 0)}, world=world)
+    assert found == [(LEFT_EARLY, ["preempted-00000002.ckpt"])] * world, "no video has come of it"
+    left = str(tmp_path / "two/preempted-00000002.ckpt")
+    for rank in run_ranks(resumed, path, str(tmp_path / "two"), left, kind, world=world):
+        assert rank.losses == pytest.approx(wanted.losses[2:], abs=1e-5)
+        for name, tensor in wanted.weights.items():
+            assert torch.allclose(rank.weights[name], tensor, atol=1e-5), name
+
+
+def test_a_sampling_before_the_first_update_is_left_and_nothing_saved(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    samples, kick = Samples(["a dog"], at_start=True), KickInside({0: (0, 0)})
+    with pytest.raises(Preempted):
+        run(str(tiny_checkpoint("wan")), "one", str(tmp_path), callbacks=(kick, Preemption(), samples), **SAMPLED)
+    assert list(tmp_path.iterdir()) == []
+
+
+def resumed(path: str, root: str, ckpt_path: str, kind: str = "folder") -> Left:
+    return run(path, kind, root, ckpt_path=ckpt_path, callbacks=(Preemption(), EMA(decay=0.9)))
 
 
 @pytest.mark.parametrize(

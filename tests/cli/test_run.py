@@ -10,16 +10,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Optional
 
 import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from callbacks.preemption import Preemption
 from muybridge.backbones import load
 from muybridge.backbones.base import Backbone
 from muybridge.cli.checkpoints import resolve
+from muybridge.errors import UsageError
 
 from .conftest import ROOT, Command
 
@@ -108,6 +112,26 @@ def test_the_config_of_a_run_means_that_run(command: Command, tiny_options: Opti
     assert resolve("last", trainer, run=first) == str(first / "checkpoints/last.ckpt")
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_last_is_looked_for_where_preemption_leaves_it(told: bool, tmp_path: Path):
+    """In a folder of its own, beside a ModelCheckpoint that was told where to write and one that was not."""
+    root, kept, left = tmp_path / "run", tmp_path / "kept", tmp_path / "left"
+    saver = ModelCheckpoint(str(kept) if told else None)
+    callbacks = [saver, Preemption(dirpath=str(left))]
+    trainer = pl.Trainer(default_root_dir=root, accelerator="cpu", logger=False, callbacks=callbacks)
+    with pytest.raises(UsageError, match=f"no checkpoint in .*{left}"):
+        resolve("last", trainer)
+    older = (kept if told else root / "version_0/checkpoints") / "last.ckpt"
+    for age, file in enumerate((older, left / "preempted-00000004.ckpt", left / "of-another.ckpt")):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({}, file)
+        os.utime(file, (age, age))
+    assert resolve("last", trainer, resuming=True) == str(left / "preempted-00000004.ckpt")
+    assert resolve("last", trainer, resuming=True, run=root / "version_0") == str(left / "preempted-00000004.ckpt")
+    os.utime(older, (9, 9))
+    assert resolve("last", trainer) == str(older)
+
+
 def test_last_in_fit_means_the_beginning_where_there_is_none(command: Command, tiny_options: Options):
     result = command("fit", *tiny_options("wan"), *SHORT, "--trainer.max_steps=1", "--ckpt_path=last")
     assert result.code == 0
@@ -145,6 +169,45 @@ def test_best_is_the_one_the_newest_remembers(tmp_path: Path):
     with pytest.raises(ValueError, match="is gone"):
         resolve("best", trainer)
     assert resolve(None, trainer) is None
+
+
+SAVER = "ModelCheckpoint{{'monitor': 'val/loss', 'mode': '{}', 'every_n_train_steps': 0}}"
+
+
+@pytest.mark.parametrize(("mode", "which"), [("min", 1), ("max", 0)])
+def test_best_is_the_best_of_all_attempts(mode: str, which: int, tmp_path: Path):
+    """Every attempt has a folder of its own and knows its own best; another value is another matter."""
+    scores: list[Optional[float]] = [0.5, 0.1, 0.3, None]
+    kept = [tmp_path / f"version_{n}/checkpoints/good.ckpt" for n in range(4)]
+    files = []
+    for number, score in enumerate(scores):
+        # The last one has no better one yet: it knows the path of the attempt before it, and no score.
+        state = {"monitor": "val/loss", "best_model_path": str(kept[min(number, 2)])}
+        state["best_model_score"] = None if score is None else torch.tensor(score)  # type: ignore[assignment]
+        other = {
+            "monitor": "other",
+            "best_model_path": str(kept[2]),
+            "best_model_score": torch.tensor(-9.0 + 99 * which),
+        }
+        kept[number].parent.mkdir(parents=True)
+        for name in ("good", "last") if score is not None else ("last",):
+            files.append(kept[number].with_stem(name))
+            torch.save({"callbacks": {SAVER.format(mode): state, "another": other}}, files[-1])
+            os.utime(files[-1], (len(files), len(files)))
+    trainer = pl.Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False)
+    assert resolve("best", trainer) == str(kept[which])
+    for number in range(3):
+        assert resolve("best", trainer, run=kept[number].parents[1]) == str(kept[number])
+    # A run that began anew in the same folder, and has measured nothing yet.
+    torch.save({"callbacks": {SAVER.format(mode): {"monitor": "val/loss", "best_model_path": ""}}}, tmp_path / "n.ckpt")
+    assert resolve("best", trainer) == str(kept[which])
+    tmp_path.joinpath("version_1").rename(tmp_path / "version_7")
+    if which == 1:
+        assert resolve("best", trainer) == str(tmp_path / "version_7/checkpoints/good.ckpt")
+    kept[0].unlink()
+    if which == 0:
+        with pytest.raises(UsageError, match="is gone"):
+            resolve("best", trainer)
 
 
 def test_a_checkpoint_does_not_change_the_configuration(command: Command, tiny_options: Options, tmp_path: Path):

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from support.clips import QUIET, cut, number, numbered, numbers, rotate, uneven, write
 
+from muybridge.data import decoding
 from muybridge.data.account import BadVideo
 from muybridge.data.decoding import AvReader, DecordReader, open_video, read_index, runs
+from muybridge.data.memory import Memory
 from muybridge.errors import UsageError
 from muybridge.video import frame_count, frame_rate, read_frames
 
@@ -142,6 +144,41 @@ def test_a_file_that_changes_is_looked_into_again(tmp_path: Path) -> None:
     write(path, FRAMES[:20])
     os.utime(path, ns=(1, 1))
     assert len(open_video(path)) == 20
+
+
+def test_indices_are_kept_by_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [write(tmp_path / f"{i}.mp4", FRAMES[:20]) for i in range(3)]
+    one = read_index(paths[0]).nbytes
+    assert one >= 20 * 16
+    monkeypatch.setattr(decoding, "_indices", Memory(2 * one, lambda index: index.nbytes))
+    first, second = read_index(paths[0]), read_index(paths[1])
+    assert read_index(paths[0]) is first
+    assert read_index(paths[2]) is read_index(paths[2])
+    assert read_index(paths[0]) is first, "it was used after the second"
+    assert len(decoding._indices) == 2
+    assert decoding._indices.size <= decoding._indices.limit == 2 * one
+    assert read_index(paths[1]) is not second
+
+
+def test_the_memory_keeps_what_was_used_last() -> None:
+    made: list[str] = []
+
+    def make(value: str) -> str:
+        made.append(value)
+        if value == "bad":
+            raise OSError(value)
+        return value
+
+    memory: Memory[str] = Memory(5, len)
+    for value in ("aa", "bb", "aa", "cc", "aa", "bb"):
+        assert memory.get(value, lambda value=value: make(value)) == value
+    assert made == ["aa", "bb", "cc", "bb"]
+    with pytest.raises(OSError, match="bad"):
+        memory.get("bad", lambda: make("bad"))
+    assert memory.get("longer than all", lambda: make("longer than all")) == "longer than all"
+    assert (len(memory), memory.size) == (1, 15)
+    assert memory.get("d", lambda: make("d")) == "d"
+    assert (len(memory), memory.size) == (1, 1)
 
 
 def test_runs_begin_at_the_last_key_frame_that_saves_decoding() -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import pytest
+import torch
 from support.counting import SaveAt, count
 from support.ranks import run_ranks
 
+from datamodules.clips import ClipData, ClipDataset
 from datamodules.sampling import ResumableSampler
+from muybridge.data.buckets import Bucket
+from muybridge.data.clips import Clip
 from muybridge.errors import UsageError
 
 # -- the sampler alone --------------------------------------------------------------------------------------------------
@@ -165,6 +171,64 @@ def test_a_checkpoint_at_an_epochs_end_is_left_behind_by_another_batch_size(hook
     resumed = count(dict(size=24, batch_size=6), {**STEPS, "max_steps": 12}, ckpt_path=save.path)
     order = ResumableSampler(24).order(1)
     assert resumed.seen == [order[i : i + 6] for i in range(0, 24, 6)]
+
+
+NAMES = [f"clip-{i}" for i in range(24)]
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "step", "said"),
+    [
+        (NAMES, NAMES, 3, None),
+        (NAMES, ["new", *NAMES], 3, "epoch of 24 samples and goes on with 25"),
+        (NAMES, NAMES[1:], 3, "epoch of 24 samples and goes on with 23"),
+        (NAMES, [*NAMES[1:], NAMES[0]], 3, "epoch of 24 samples and goes on with 24"),
+        (None, NAMES, 3, None),
+        (None, ["new", *NAMES], 3, "epoch of 24 samples and goes on with 25"),
+        (NAMES, ["new", *NAMES], 8, None),
+    ],
+    ids=["same", "added", "removed", "order", "nameless", "nameless added", "at an epoch's end"],
+)
+def test_going_on_inside_an_epoch_with_other_samples_is_said_once(
+    then: Any, now: list[str], step: int, said: Optional[str], tmp_path: Path
+) -> None:
+    save = SaveAt("batch", step, str(tmp_path / "c.ckpt"))
+    count(dict(size=24, batch_size=3, ids=then), EPOCHS, [save])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        resumed = count(dict(size=len(now), batch_size=3, ids=now), EPOCHS, ckpt_path=save.path)
+    warned = [str(w.message) for w in caught if "stopped inside an epoch" in str(w.message)]
+    assert len(warned) == (said is not None)
+    assert said is None or said in warned[0]
+    last = resumed.seen[-math.ceil(len(now) / 3) :]
+    assert sorted(i for step in last for i in step) == list(range(len(now))), "the next epoch has all"
+
+
+def test_a_checkpoint_that_does_not_say_its_samples_is_gone_on_from(tmp_path: Path) -> None:
+    save = SaveAt("batch", 3, str(tmp_path / "c.ckpt"))
+    whole = count(dict(size=24, batch_size=3), EPOCHS, [save])
+    state = torch.load(save.path, weights_only=True)
+    assert state["Numbers"].pop("samples") == 24
+    del state["Numbers"]["digest"]
+    torch.save(state, save.path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="this run stopped inside an epoch")
+        assert count(dict(size=24, batch_size=3, ids=NAMES), EPOCHS, ckpt_path=save.path).seen == whole.seen[3:]
+
+
+def test_clips_are_told_apart_by_their_buckets_where_these_decide_the_order() -> None:
+    clips = [Clip(name, Path(name)) for name in "ab"]
+    wide, tall = Bucket(9, 16, 32), Bucket(9, 32, 16)
+    data = ClipData()
+
+    def names(buckets: list[Bucket], bucket_of: list[Optional[int]], places: Optional[list[int]] = None) -> list[str]:
+        data.buckets = buckets
+        return list(data.sample_names(ClipDataset(clips, buckets, bucket_of, places)))
+
+    assert names([wide], [0, None]) == ["a", "b"]
+    assert names([wide], [0, 0], [1, 1, 0]) == ["b", "b", "a"]
+    two = [names([wide, tall], each) for each in ([0, 0], [0, 1], [0, None])]
+    assert len({tuple(each) for each in two}) == 3
 
 
 def fit_on_ranks(

@@ -21,7 +21,9 @@ from callbacks.ema import EMA
 from lightning_modules.parallel import FullyShard, check_plain, consolidate, load_plain, rename_parameters
 from muybridge.backbones.adapters import LoRA
 from muybridge.backbones.sharding import full
+from muybridge.diffusion import DenoisingStep
 from muybridge.errors import UsageError
+from muybridge.losses import Denoising
 
 Tiny = Callable[[str], Path]
 TOLERANCE = 1e-5
@@ -94,6 +96,34 @@ def saved(wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
         return made[key]
 
     return get
+
+
+class Scaled(Denoising):
+    """A loss with one learned number, whose gradient differs between ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, step: DenoisingStep) -> Tensor:
+        return super().forward(step) * self.scale.square()
+
+
+def learned(path: str, kind: str, root: str, clip: Optional[float]) -> Left:
+    return run(path, kind, root, job={"losses": [Scaled()]}, gradient_clip_val=clip)
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_what_a_loss_learns_of_its_own_is_the_same_on_all_ranks(
+    clip: Optional[float], tiny_checkpoint: Tiny, tmp_path: Path
+) -> None:
+    path = str(tiny_checkpoint("wan"))
+    wanted = learned(path, "one", str(tmp_path / "one"), clip)
+    assert min(wanted.norms) > 0.05, "clipping does something"
+    for kind in ("ddp", "folder"):
+        for found in run_ranks(learned, path, kind, str(tmp_path / kind), clip):
+            assert found.weights["losses.0.scale"] != 0.5
+            same_run(found, wanted)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

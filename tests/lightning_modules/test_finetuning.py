@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import av
 import lightning.pytorch as pl
@@ -23,6 +24,7 @@ from lightning_modules.finetuning import present_sum
 from muybridge.backbones import Pretrained, load
 from muybridge.backbones.adapters import LoRA
 from muybridge.batch import Batch
+from muybridge.cli.jobs import Trainer
 from muybridge.diffusion import Boundary, Conditioning, DenoisingStep, Uniform
 from muybridge.errors import UsageError
 from muybridge.losses import Denoising, Loss
@@ -335,6 +337,30 @@ def test_sampling_does_not_change_training(tiny_checkpoint: Tiny, tmp_path: Path
         trainer(tmp_path, max_steps=3, callbacks=callbacks).fit(job, latents_for(job, name))
         results.append(weights(job))
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+def test_videos_outside_lightnings_steps_have_the_precision_of_the_run(
+    tiny_checkpoint: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, seen = finetuning(tiny_checkpoint("wan")), []
+    plain = type(job.backbone).denoise
+
+    def denoise(*args: Any) -> Tensor:
+        seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        return plain(*args)
+
+    monkeypatch.setattr(type(job.backbone), "denoise", denoise)
+    settings: dict[str, Any] = dict(precision="bf16-mixed", accelerator="cpu", devices=1, logger=False)
+    samples = Samples(prompts=["a dog"], every=1)
+    trainer(tmp_path, max_steps=1, limit_val_batches=0, callbacks=[samples], **settings).fit(job, latents_for(job))
+    sampled = [mixed for learns, mixed in seen if not learns]
+    assert sampled, "the callback has sampled"
+    assert all(mixed for _, mixed in seen), "in the callback as in training"
+    seen.clear()
+    verbs = Trainer(enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, **settings)
+    verbs.run_with(job, lambda: job.make_videos(Batch(ids=["a"], prompts=["x"]), job.sampling))
+    assert seen
+    assert all(mixed for _, mixed in seen), "and in other verbs of the command"
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------

@@ -49,8 +49,8 @@ class Some:
 
 
 class Indices(Dataset[Some]):
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, ids: Optional[Sequence[str]] = None) -> None:
+        self.size, self.ids = size, ids
 
     def __len__(self) -> int:
         return self.size
@@ -63,12 +63,14 @@ class Indices(Dataset[Some]):
 class Numbers(ResumableData):
     """The numbers below ``size``."""
 
-    def __init__(self, size: int, validation: bool = False, **options: Any) -> None:
+    def __init__(
+        self, size: int, validation: bool = False, ids: Optional[Sequence[str]] = None, **options: Any
+    ) -> None:
         super().__init__(**{"num_workers": 0, **options})
-        self.size, self.validation = size, validation
+        self.size, self.validation, self.ids = size, validation, ids
 
     def train_dataset(self) -> Dataset[Some]:
-        return Indices(self.size)
+        return Indices(self.size, self.ids)
 
     @staticmethod
     def collate(clips: Sequence[Some]) -> Some:
