@@ -23,7 +23,7 @@ def is_checkpoint(path: Path) -> bool:
 
 def run_of(config: Path) -> Optional[Path]:
     """The folder of the run that wrote this config file, where a run did."""
-    if config.name != "config.yaml":
+    if config.name != "config.yaml" or not config.is_file():
         return None
     with open(config, encoding="utf-8") as file:
         return config.resolve().parent if file.readline().startswith("# muybridge ") else None
@@ -182,10 +182,25 @@ def _remembered(checkpoint: Path) -> list[Remembered]:
     return known
 
 
+def _trained(file: Path) -> Any:
+    """What was trained on what, as the config says that a run left above this checkpoint; ``None`` where there is none.
+
+    Attempts at one run agree in it, and may differ in what the Trainer was told, such as where to end.
+    """
+    import yaml
+
+    for folder in file.parents:
+        if run_of(folder / "config.yaml") is not None:
+            config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+            return {key: config.get(key) for key in ("seed_everything", "model", "data")}
+    return None
+
+
 def _best(found: Sequence[Path], trainer: Any) -> Path:
-    """The best by the value that the newest checkpoint's run watched, over all attempts: each remembers its own best."""
-    watched = _remembered(found[-1])[:1]
-    known = [r for file in found for r in _remembered(file) if r.path and r.monitor in {w.monitor for w in watched}]
+    """The best by the value that the newest checkpoint's run watched, over all its attempts: each remembers its own best."""
+    watched, run = _remembered(found[-1])[:1], _trained(found[-1])
+    attempts = [file for file in found if _trained(file) == run]
+    known = [r for file in attempts for r in _remembered(file) if r.path and r.monitor in {w.monitor for w in watched}]
     if not known:
         raise UsageError(
             f"ckpt_path best: the run of {found[-1]} did not watch a value",

@@ -201,6 +201,16 @@ def test_best_is_the_best_of_all_attempts(mode: str, which: int, tmp_path: Path)
     # A run that began anew in the same folder, and has measured nothing yet.
     torch.save({"callbacks": {SAVER.format(mode): {"monitor": "val/loss", "best_model_path": ""}}}, tmp_path / "n.ckpt")
     assert resolve("best", trainer) == str(kept[which])
+    (tmp_path / "n.ckpt").unlink()
+    # Another run in the same folder is no attempt at this one, and one that was told to go on for longer is.
+    for number, rate in enumerate((1, 1, 1, 2)):
+        text = f"# muybridge 0\ntrainer: {{max_steps: {number}}}\nmodel: {{rate: {rate}}}\n"
+        (tmp_path / f"version_{number}/config.yaml").write_text(text)
+        last = kept[number].with_stem("last")
+        os.utime(last, (50 + number, 50 + number))
+    assert resolve("best", trainer) == str(kept[2]), "the one whose path it knows"
+    os.utime(kept[2].with_stem("last"), (60, 60))
+    assert resolve("best", trainer) == str(kept[which])
     tmp_path.joinpath("version_1").rename(tmp_path / "version_7")
     if which == 1:
         assert resolve("best", trainer) == str(tmp_path / "version_7/checkpoints/good.ckpt")
