@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import inspect
 import logging
@@ -143,13 +142,8 @@ class CLI(LightningCLI):
 
     def let_go(self) -> None:
         """Forget the job: a command that runs several would otherwise hold them all, with what they keep on a GPU."""
-        import torch
-
         for name in ("trainer", "model", "datamodule", "config_init"):
             setattr(self, name, None)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The one verb that was asked for: building the parsers of all takes four times as long."""

@@ -257,10 +257,23 @@ def train(root: Path, config: dict[str, Any], say: Any) -> list[Path]:
     say(f"muybridge fit -c {file}")
     if run_job("fit", ["-c", str(file)]):
         raise RuntimeError("fit failed; its message is above")
+    give_back()
     say("muybridge export: the adapter, in diffusers' names and where there are such in ComfyUI's")
     if run_job("export", ["-c", str(file), "--ckpt_path=last", f"--out={adapter}"]):
         raise RuntimeError("export failed; its message is above")
+    give_back()
     return sorted(adapter.glob("*.safetensors"))
+
+
+def give_back() -> None:
+    """What a job that is over still holds in circles, and the GPU memory that was its own."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class Videos:
