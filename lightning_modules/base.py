@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from muybridge.averaging import WeightAverage
 from muybridge.backbones.base import Backbone
 from muybridge.batch import Batch
 from muybridge.data.cache import Cache
+from muybridge.data.memory import Memory
 from muybridge.diffusion.conditioning import Conditioning
 from muybridge.diffusion.draws import keyed_generator, keyed_noise
 from muybridge.errors import UsageError
@@ -67,7 +67,8 @@ class DiffusionModule(pl.LightningModule, ABC):
         self.average: Optional[WeightAverage] = None
         # Set by callbacks.EMA before configure_model runs, because the buffers must exist before the strategy sets up.
         self.average_requested = False
-        self._texts = TextMemory()
+        # Encoded prompts, on the CPU; a long one of a large encoder takes megabytes.
+        self._texts: Memory[Conditioning] = Memory(2**30, lambda text: text.nbytes)
         self._cache: Optional[Cache] = None
         # Frozen weights are absent from checkpoints on purpose; load_state_dict below checks the rest.
         self.strict_loading = False
@@ -263,7 +264,7 @@ class DiffusionModule(pl.LightningModule, ABC):
         known: dict[str, Conditioning] = {}
         missing = []
         for prompt in dict.fromkeys(batch.prompts):
-            found = self._texts.get(prompt)
+            found = self._texts.find(prompt)
             if found is None and self._cache is not None and self._cache.has_text(prompt):
                 found = self._cache.text(prompt)
             if found is None:
@@ -360,36 +361,6 @@ class DiffusionModule(pl.LightningModule, ABC):
             for module, mode in modes:
                 module.training = mode
         return backbone.decode(latents)
-
-
-class TextMemory:
-    """The prompts used last, encoded, on the CPU; a long prompt of a large encoder takes megabytes.
-
-    Args:
-        limit: Bytes kept.
-    """
-
-    def __init__(self, limit: int = 2**30) -> None:
-        self.limit, self.size = limit, 0
-        self._kept: OrderedDict[str, Conditioning] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def get(self, prompt: str) -> Optional[Conditioning]:
-        """A prompt's conditioning, if it is still here."""
-        found = self._kept.get(prompt)
-        if found is not None:
-            self._kept.move_to_end(prompt)
-        return found
-
-    def put(self, prompt: str, conditioning: Conditioning) -> None:
-        """Keep one, and forget those not used for longest."""
-        self._kept[prompt] = conditioning
-        self.size += conditioning.nbytes
-        while self.size > self.limit and len(self._kept) > 1:
-            _, old = self._kept.popitem(last=False)
-            self.size -= old.nbytes
 
 
 def check_weights(given: set[str], wanted: set[str], job: str) -> None:

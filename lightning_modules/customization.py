@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, Optional
@@ -24,6 +23,7 @@ from muybridge.customization.references import spoken
 from muybridge.customization.tau import Tau
 from muybridge.data.buckets import Bucket
 from muybridge.data.clips import Clip
+from muybridge.data.memory import Memory
 from muybridge.data.reading import Reading, survey
 from muybridge.diffusion.conditioning import Conditioning
 from muybridge.diffusion.inversion import mix_noise
@@ -117,7 +117,7 @@ class MotionCustomization(Finetuning):
         self.tau = boundary.value
         self.captions, self.keep_bar = captions, keep_bar
         self.inverted, self.beta = inverted, beta
-        self._latents = LatentMemory()
+        self._latents: Memory[Tensor] = Memory(2**30, lambda latents: latents.nbytes)
         self._start: Optional[Inverted] = None
 
     def check(self) -> None:
@@ -180,7 +180,7 @@ class MotionCustomization(Finetuning):
         if batch.latents is not None or batch.pixels is None or blank:
             return super().clean_latents(batch, backbone)
         keys = [(name, tuple(clip.shape), glance(clip)) for name, clip in zip(batch.ids, batch.pixels, strict=True)]
-        found = [self._latents.get(key) for key in keys]
+        found = [self._latents.find(key) for key in keys]
         known = [one for one in found if one is not None]
         if len(known) == len(batch):
             return torch.stack(known).to(backbone.device)
@@ -246,30 +246,3 @@ def glance(clip: Tensor) -> bytes:
     # No stride that pixels' rows or planes have.
     some = flat[:: max(1, flat.numel() // 4096) | 1]
     return hashlib.blake2b(some.float().cpu().numpy().tobytes(), digest_size=16).digest()
-
-
-class LatentMemory:
-    """The latents of the last clips, on the CPU.
-
-    Args:
-        limit: Bytes kept.
-    """
-
-    def __init__(self, limit: int = 2**30) -> None:
-        self.limit, self.size = limit, 0
-        self._kept: OrderedDict[Any, Tensor] = OrderedDict()
-
-    def get(self, key: Any) -> Optional[Tensor]:
-        """A clip's latents, if they are still here."""
-        found = self._kept.get(key)
-        if found is not None:
-            self._kept.move_to_end(key)
-        return found
-
-    def put(self, key: Any, latents: Tensor) -> None:
-        """Keep some, and forget those not used for longest."""
-        old = self._kept.pop(key, None)
-        self.size += latents.nbytes - (old.nbytes if old is not None else 0)
-        self._kept[key] = latents
-        while self.size > self.limit and len(self._kept) > 1:
-            self.size -= self._kept.popitem(last=False)[1].nbytes

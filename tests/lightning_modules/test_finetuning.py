@@ -19,12 +19,12 @@ from callbacks.ema import EMA
 from callbacks.samples import Samples
 from datamodules.collate import collate
 from lightning_modules import Sampling
-from lightning_modules.base import TextMemory
 from lightning_modules.finetuning import present_sum
 from muybridge.backbones import Pretrained, load
 from muybridge.backbones.adapters import LoRA
 from muybridge.batch import Batch
 from muybridge.cli.jobs import Trainer
+from muybridge.data.memory import Memory
 from muybridge.diffusion import Boundary, Conditioning, DenoisingStep, Uniform
 from muybridge.errors import UsageError
 from muybridge.losses import Denoising, Loss
@@ -296,14 +296,14 @@ def test_a_clips_video_does_not_depend_on_its_batch(tiny_checkpoint: Tiny) -> No
 
 def test_the_memory_of_texts_is_bounded() -> None:
     text = Conditioning(torch.zeros(1, 4, 8))
-    memory = TextMemory(limit=3 * text.nbytes)
+    memory: Memory[Conditioning] = Memory(3 * text.nbytes, lambda kept: kept.nbytes)
     for i in range(10):
         memory.put(str(i), text)
-        memory.get("0")
+        memory.find("0")
     assert len(memory) == 3
-    assert memory.get("0") is not None
-    assert memory.get("9") is not None
-    assert memory.get("5") is None
+    assert memory.find("0") is not None
+    assert memory.find("9") is not None
+    assert memory.find("5") is None
 
 
 def test_predict_writes_every_clip_and_is_a_function_of_its_id(tiny_checkpoint: Tiny, tmp_path: Path) -> None:

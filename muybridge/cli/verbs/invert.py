@@ -37,7 +37,8 @@ def invert(
         caption: The caption, where ``videos`` is one video: ``a man | runs to the left``.
         prompt: Invert under each clip's own caption, or under the empty prompt as several published methods do.
         steps: Places on the way from clip to noise.
-        order: ``euler`` (DDIM for variance-preserving families), or ``midpoint`` with two network calls a step.
+        order: ``euler`` (DDIM for variance-preserving families), or ``midpoint`` with two network calls a step, which pays
+            where the model predicts a velocity and may lose where it predicts noise.
         refinements: Fixed-point iterations of each Euler step, one network call each; 2 where not given.
         guidance: Standard guidance; other values than 1 make inversion unstable.
         frames: Frames of a clip; the family's usual number where not given.
